@@ -1,0 +1,450 @@
+"""What a run does as a program: its files, resume, processes, bad input, and the promises the README makes about the sources."""
+import glob
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torchvision
+from torch import nn
+from torchvision.io import write_jpeg, write_png
+
+import common
+import eval_linear
+import simclr_tc2
+from conftest import ROOT
+
+SCRIPTS = [os.path.basename(f) for f in sorted(glob.glob(f"{ROOT}/*.py")) if os.path.basename(f) not in ("common.py", "eval_linear.py")]
+QUICK = ["--data", "fake", "--arch", "resnet_tiny", "--batch-size", "64", "--epochs", "2", "--warmup-epochs", "1", "--eval-every", "1", "--log-every", "3"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def rows(out):
+    with open(f"{out}/log.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def state(out):
+    found = torch.load(f"{out}/last.pt", weights_only=True)
+    return {k: found[k] for k in ("step", "nets", "opts")}
+
+
+def losses(out):
+    return [{k: v for k, v in r.items() if k != "images_per_s"} for r in rows(out)[1:]]
+
+
+def image_folder(path, splits=("train", "test"), classes="ab", n=8, size=(20, 24), seed=0):
+    for split in splits:
+        for c in classes:
+            os.makedirs(f"{path}/{split}/{c}")
+            for i in range(n):
+                image = torch.randint(0, 255, (3, *size), dtype=torch.uint8, generator=common.rng(seed, i, ord(c), len(split)))
+                (write_png if i % 2 else write_jpeg)(image, f"{path}/{split}/{c}/{i}.{'png' if i % 2 else 'jpg'}")
+    return str(path)
+
+
+# ---- a run and its files --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("extra", [[], ["--baseline"], ["--second-order", "--calibrate", "mix", "--factors", "9"], ["--literal"],
+                                   ["--inner-lr", "0", "--calibrate", "none", "--query-loss", "nce"], ["--baseline", "--tasks", "2", "--views", "3"]])
+def test_run_leaves_log_checkpoint_backbone_and_picture(extra):
+    simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "3"] + extra)
+    header, *events = rows("r")
+    assert header["settings"]["batch_size"] == 64 and header["images"] == 512 and header["parameters"]["projector"] == 64 * 64 + 64
+    assert [e["step"] for e in events] == [0, 3, 3] and all(abs(v) < 1e9 for e in events for v in e.values())
+    assert {"knn5", "knn200_cosine", "rank_h"} <= events[0].keys() & events[-1].keys() and "raw_pixels_knn5" in events[0]
+    assert {"conflict_cos_raw", "conflict_negative_raw", "rank_z"} <= events[-1].keys()
+    assert sorted(os.listdir("r")) == ["backbone.pt", "curves.png", "last.pt", "log.jsonl"]
+    assert torchvision.io.read_image("r/curves.png").float().std() > 10
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_backbone_loads_strictly_into_torchvision(arch):
+    simclr_tc2.main(["--data", image_folder("d"), "--arch", arch, "--batch-size", "4", "--epochs", "1", "--max-steps", "1", "--baseline", "--out", "r"])
+    saved = torch.load("r/backbone.pt", weights_only=True)
+    net = getattr(torchvision.models, arch)()
+    net.fc = nn.Identity()
+    assert saved["small_images"] and saved["arch"] == arch and saved["image_size"] == 20
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    net.load_state_dict(saved["state_dict"], strict=True)
+
+
+def test_evaluation_reads_a_run_and_writes_a_table(capsys):
+    simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "1"])
+    capsys.readouterr()
+    eval_linear.main(["r", "--probe-epochs", "3"])
+    table, found = capsys.readouterr().out, json.load(open("r/eval.json"))
+    assert {(r["protocol"], r["metric"]) for r in found["results"]} >= {("linear", "top1"), ("linear", "top5"), ("knn", "k5_euclidean"), ("knn", "k200_cosine")}
+    assert all(f"{r['value']:.2f}" in table and 0 <= r["value"] <= 100 for r in found["results"])
+
+
+def test_baseline_starts_from_the_same_weights_and_sees_the_same_views():
+    nets = []
+    for extra in ([], ["--baseline"]):
+        args = simclr_tc2.parse_args(QUICK + extra)
+        data = common.load_data("fake")
+        common.resolve(args, simclr_tc2.RECIPES, data, "x")
+        simclr_tc2.check_args(args, data, 1)
+        torch.manual_seed(args.seed)
+        nets.append((simclr_tc2.build_nets(args)[0], next(common.training_views(
+            data, [simclr_tc2.WEAK] * args.views, 32, 64, 0, 0, 1, torch.device("cpu"), 0, 0, 9))))
+    (tc2, tc2_views), (base, base_views) = nets
+    assert all(torch.equal(p, tc2.state_dict()[k]) for k, p in base.state_dict().items()) and len(tc2) == len(base) + 2
+    assert len(tc2_views) == 4 and len(base_views) == 2 and all(map(torch.equal, base_views, tc2_views))
+
+
+# ---- staying alive --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("extra", [[], ["--baseline"]])
+def test_sigterm_in_mid_epoch_then_resume_equals_uninterrupted(extra, monkeypatch):
+    simclr_tc2.main(QUICK + ["--out", "whole"] + extra)
+    step, calls = simclr_tc2.train_step, []
+    def interrupted(*a):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*a)
+    monkeypatch.setattr(simclr_tc2, "train_step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        simclr_tc2.main(QUICK + ["--out", "parts"] + extra)
+    assert stopped.value.code == 128 + signal.SIGTERM and state("parts")["step"] == 5 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    simclr_tc2.main(QUICK + ["--out", "parts"] + extra)
+    assert same(state("parts"), state("whole"))
+    extra_row = [r for r in losses("parts") if r["step"] == 5]
+    assert [r for r in losses("parts") if r not in extra_row] == losses("whole")
+
+
+def program(*argv, **kw):
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    return subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kw)
+
+
+def test_kill_9_between_checkpoints_then_resume_equals_uninterrupted():
+    argv = [f"{ROOT}/simclr_tc2.py", *QUICK, "--epochs", "4", "--log-every", "1"]
+    simclr_tc2.main(argv[1:] + ["--out", "whole"])
+    run = program(*argv, "--out", "parts")
+    while not (os.path.exists("parts/last.pt") and rows("parts")[-1]["step"] % 8 == 4):
+        assert run.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    run.kill()
+    run.communicate()
+    assert 8 <= state("parts")["step"] < 32 and state("parts")["step"] % 8 == 0
+    out, err = program(*argv, "--out", "parts").communicate(timeout=120)
+    assert "goes on from step" in out and not err
+    assert same(state("parts"), state("whole")) and losses("parts") == losses("whole")
+
+
+def test_ctrl_c_ends_a_program_with_a_checkpoint_and_no_traceback():
+    run = program(f"{ROOT}/simclr_tc2.py", *QUICK, "--epochs", "500", "--out", "r")
+    while not (os.path.exists("r/log.jsonl") and rows("r")[-1].get("step", 0) >= 3):
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGINT and "same command goes on" in out and not err
+    assert state("r")["step"] >= 3
+
+
+def test_resume_refuses_other_settings_and_foreign_files(capsys):
+    simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "1"])
+    before = open("r/last.pt", "rb").read()
+    for argv, word in ((["--lr", "0.5"], "lr 0.003 -> 0.5"), (["--baseline"], "baseline False -> True")):
+        with pytest.raises(SystemExit) as stopped:
+            simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "1"] + argv)
+        assert stopped.value.code == 2 and word in capsys.readouterr().err and open("r/last.pt", "rb").read() == before
+    for content in (b"", b"no checkpoint", before[:1000]):
+        open("r/last.pt", "wb").write(content)
+        with pytest.raises(SystemExit) as stopped:
+            simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "1"])
+        assert stopped.value.code == 2 and "r/last.pt" in capsys.readouterr().err
+    torch.save({"epoch": 1}, "r/last.pt")
+    with pytest.raises(SystemExit):
+        simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "1"])
+    assert "has no step, settings" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(capsys):
+    simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "1"])
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, ("exploded",)
+    torch.save({"step": Bomb(), "settings": {}, "nets": {}, "opts": {}}, "r/last.pt")
+    with pytest.raises(SystemExit) as stopped:
+        simclr_tc2.main(QUICK + ["--out", "r"])
+    assert stopped.value.code == 2 and not os.path.exists("exploded")
+
+
+def test_a_value_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(monkeypatch, capsys):
+    step, calls = simclr_tc2.train_step, []
+    def poisoned(nets, opts, views, args):
+        calls.append(1)
+        return step(nets, opts, [v * (float("nan") if len(calls) == 11 else 1) for v in views], args)
+    monkeypatch.setattr(simclr_tc2, "train_step", poisoned)
+    with pytest.raises(SystemExit) as stopped:
+        simclr_tc2.main(QUICK + ["--out", "r", "--baseline"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1 and "not finite at step 11" in err and "loss_ssl nan" in err and "r/last.pt" in err
+    assert state("r")["step"] == 8 and all(v.isfinite().all() for v in state("r")["nets"].values())
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+def args_for(*extra):
+    args = simclr_tc2.parse_args([*extra])
+    args.dim, args.temperature, args.arch, args.image_size, args.batch_size, args.bf16 = 6, 0.3, "resnet_tiny", 8, 16, False
+    simclr_tc2.check_args(args, torch.zeros(99), 1)
+    return args
+
+
+def smooth_nets(args):
+    """float64 and without BatchNorm, whose statistics are those of one process."""
+    torch.manual_seed(3)
+    nets = simclr_tc2.build_nets(args)[0]
+    nets["backbone"] = nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.Softplus(), nn.Flatten(), nn.Linear(45, 64), nn.Tanh())
+    return nets.double()
+
+
+def stepped(args, rank, world):
+    nets = smooth_nets(args)
+    opts = {"encoder": torch.optim.SGD([*nets["backbone"].parameters(), *nets["projector"].parameters()], 0.1)}
+    if not args.baseline:
+        opts["factors"] = torch.optim.SGD([*nets["factor_net"].parameters(), *nets["weight_net"].parameters()], 0.01)
+    share = slice(16 // world * rank, 16 // world * (rank + 1))
+    for step in range(3):
+        views = [torch.randn(16, 3, 8, 8, generator=common.rng(step, v)).double()[share] for v in range(args.views)]
+        terms = simclr_tc2.train_step(nets, opts, views, args)
+    loss = terms["loss_ssl" if args.baseline else "loss_query"]
+    if world > 1:
+        torch.distributed.all_reduce(loss)
+    return {"loss": loss / world, **nets.state_dict(), **{f"grad.{k}": p.grad for k, p in nets.named_parameters()}}
+
+
+CASES = [["--baseline"], ["--baseline", "--tasks", "4", "--views", "3"], [], ["--second-order", "--calibrate", "mix"], ["--tasks", "2", "--factors", "3"],
+         ["--calibrate", "none", "--query-loss", "nce"], ["--literal"]]
+
+
+def worker(rank, world, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    found = [stepped(args_for(*extra), rank, world) for extra in CASES]
+    views = {name: list(common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, rank, world, torch.device("cpu"), 0, 25, 27))
+             for name in ("fake",)}
+    torch.save((found, views["fake"]), f"{folder}/{rank}")
+
+
+def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
+    mp.spawn(worker, (2, str(tmp_path)), nprocs=2)
+    (first, views0), (second, views1) = (torch.load(tmp_path / str(r)) for r in (0, 1))
+    for extra, a, b in zip(CASES, first, second):
+        one = stepped(args_for(*extra), 0, 1)
+        for k, v in one.items():
+            torch.testing.assert_close(a[k], v, rtol=1e-9, atol=1e-11, msg=lambda m: f"{extra} {k}: {m}")
+            assert torch.equal(a[k], b[k]), f"{extra}: processes drift apart in {k}"
+    whole = common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, 0, 1, torch.device("cpu"), 0, 25, 27)
+    for step, views in enumerate(whole):
+        for v, view in enumerate(views):
+            assert torch.allclose(torch.cat([views0[step][v], views1[step][v]]), view, atol=1e-6)
+
+
+def test_torchrun_with_two_processes_runs_and_resumes():
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", f"{ROOT}/simclr_tc2.py", *QUICK, "--out", "r"]
+    for stop, word in (("2", "starts in r"), ("4", "goes on from step 2")):
+        out, err = (run := program(*launch, "--max-steps", stop)).communicate(timeout=120)
+        assert run.returncode == 0 and out.count(word) == 1, err
+    assert rows("r")[0]["processes"] == 2 and state("r")["step"] == 4 and [r["step"] for r in rows("r")[1:]] == [0, 2, 2, 3, 4, 4]
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+def test_shapes_are_deterministic_balanced_and_different_in_train_and_test():
+    a, b = common.load_data("shapes"), common.load_data("shapes")
+    assert torch.equal(a.train, b.train) and torch.equal(a.test, b.test) and not torch.equal(a.train[:1000], a.test)
+    assert a.train.dtype == torch.uint8 and a.train_labels.bincount().tolist() == [400] * 10 and a.test_labels.bincount().tolist() == [100] * 10
+
+
+def test_every_monitor_subset_of_a_class_sorted_folder_has_all_classes(monkeypatch):
+    data = common.Data("x", torch.zeros(25000, 3, 8, 8, dtype=torch.uint8), torch.arange(25000) // 2500, torch.zeros(12000, 3, 8, 8, dtype=torch.uint8),
+                       torch.arange(12000) // 1200, 8)
+    seen = []
+    monkeypatch.setattr(common, "knn_accuracy", lambda bank, y, query, query_y, **kw: seen.extend([y, query_y]) or 0.0)
+    args = simclr_tc2.parse_args([])
+    args.image_size = 8
+    common.monitor(None, data, args, (0.0,) * 3, (1.0,) * 3, torch.device("cpu"))
+    assert [len(y) for y in seen[:2]] == [20000, 10000] and all(y.bincount(minlength=10).min() > 800 for y in seen)
+
+
+@pytest.mark.parametrize("size", [(20, 24), (120, 150)])
+def test_folder_of_classes_trains_and_views_do_not_depend_on_workers_or_processes(size):
+    data = common.load_data(image_folder("d", size=size, n=6))
+    assert torch.is_tensor(data.train) == (size[0] < 97) and data.train_labels.tolist() == [0] * 6 + [1] * 6 and len(data.test) == 12
+    views = lambda rank, world, workers: list(common.training_views(data, [simclr_tc2.STRONG] * 2, 20, 4, 1, rank, world, torch.device("cpu"), workers, 2, 5))
+    one, two = views(0, 1, 0), [views(r, 2, 2) for r in (0, 1)]
+    assert len(one) == 3 and one[0][0].shape == (4, 3, 20, 20) and not torch.equal(one[0][0], one[0][1])
+    for step in range(3):
+        for v in range(2):
+            torch.testing.assert_close(torch.cat([two[0][step][v], two[1][step][v]]), one[step][v], rtol=0, atol=1e-5)
+
+
+def test_folder_without_classes_trains_with_the_monitor_off(capsys):
+    image_folder("d")
+    simclr_tc2.main(["--data", "d/train", "--arch", "resnet_tiny", "--batch-size", "8", "--epochs", "1", "--out", "r"])
+    assert "no labels" in capsys.readouterr().out and not any("knn" in k for r in rows("r") for k in r)
+
+
+def test_large_photographs_run_end_to_end():
+    image_folder("d", size=(110, 140), n=5)
+    simclr_tc2.main(["--data", "d", "--arch", "resnet_tiny", "--image-size", "64", "--batch-size", "8", "--epochs", "1", "--out", "r", "--workers", "2"])
+    assert rows("r")[0]["settings"]["image_size"] == 64 and "knn5" in rows("r")[-1]
+
+
+@pytest.mark.parametrize("size", [(20, 24), (120, 150)])
+def test_an_undecodable_image_is_named_and_left_out_and_too_many_stop_the_run(size, capsys):
+    image_folder("d", size=size, n=6)
+    argv = ["--data", "d", "--arch", "resnet_tiny", "--image-size", "20", "--batch-size", "8", "--epochs", "3", "--workers", "0", "--baseline", "--out"]
+    open("d/train/a/0.jpg", "wb").write(b"not an image")
+    simclr_tc2.main(argv + ["r"])
+    assert capsys.readouterr().err.count("d/train/a/0.jpg cannot be decoded") >= 1
+    open("d/train/a/2.jpg", "wb").write(b"")
+    with pytest.raises(SystemExit) as stopped:
+        simclr_tc2.main(argv + ["q"])
+    assert stopped.value.code == 2 and "images cannot be decoded" in (err := capsys.readouterr().err) or "cannot be decoded" in err
+
+
+def test_exif_turn_gray_and_misnamed_files_are_read():
+    from PIL import Image
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save("turned.jpg", exif=exif)
+    Image.new("L", (8, 9), 77).save("gray.png")
+    Image.new("CMYK", (8, 9)).save("cmyk.jpg")
+    Image.new("RGB", (8, 9), (1, 2, 3)).save("bitmap.bmp")
+    os.rename("bitmap.bmp", "bitmap.jpg")
+    assert common.decode("turned.jpg").shape == (3, 40, 20)
+    assert common.decode("gray.png").shape == common.decode("cmyk.jpg").shape == (3, 9, 8) and common.decode("gray.png").unique().tolist() == [77]
+    assert common.decode("bitmap.jpg")[:, 0, 0].tolist() == [1, 2, 3]
+
+
+# ---- bad input: one sentence that names flag and value, status 2, nothing written -----------------------------------
+BAD = [(["--epochs", "0"], "--epochs", "'0'"), (["--lr", "nan"], "--lr", "'nan'"), (["--lr", "-1"], "--lr", "'-1'"), (["--seed", "x"], "--seed", "'x'"),
+       (["--arch", "resnet19"], "--arch", "'resnet19'"), (["--batch-size", "30"], "--batch-size", "30"), (["--batch-size", "4"], "--batch-size", "4"),
+       (["--batch-size", "8000"], "--batch-size", "8000"), (["--views", "3"], "--views", "3"), (["--views", "1"], "--views", "'1'"),
+       (["--tasks", "3"], "--tasks", "3"), (["--temperature", "0"], "--temperature", "'0'"), (["--query-loss", "l2"], "--query-loss", "'l2'"),
+       (["--data", "missing"], "--data", "missing"), (["--data", "empty"], "--data", "empty"), (["--data", "only"], "--data", "val/ nor test/"),
+       (["--data", "onlytest"], "--data", "no train/"), (["--data", "classes"], "--data", "only one of them has c"), (["--data", "hollow"], "--data", "hollow"),
+       (["--data", "broken"], "--data", "broken"), (["--inner-lr", "inf"], "--inner-lr", "'inf'"), (["--unknown", "1"], "--unknown", "1"),
+       (["--batch", "64"], "--batch", "64"), (["--image-size", "4"], "--image-size", "'4'"), (["--workers", "-1"], "--workers", "'-1'")]
+
+
+@pytest.fixture(scope="module")
+def bad_folders(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bad")
+    os.makedirs(path / "empty")
+    image_folder(path / "only", ["train"])
+    image_folder(path / "onlytest", ["test"])
+    image_folder(path / "classes")
+    image_folder(path / "classes2", classes="c")
+    os.rename(path / "classes2/test/c", path / "classes/test/c")
+    image_folder(path / "hollow")
+    os.makedirs(path / "hollow/train/c")
+    os.makedirs(path / "hollow/test/c")
+    os.makedirs(path / "broken")
+    (path / "broken/x.jpg").write_bytes(b"no")
+    return path
+
+
+@pytest.mark.parametrize("argv, flag, value", BAD, ids=lambda x: "_".join(x) if isinstance(x, list) else "")
+def test_bad_input_gives_one_sentence_status_2_and_writes_nothing(argv, flag, value, bad_folders, monkeypatch, capsys):
+    monkeypatch.chdir(bad_folders)
+    before = sorted(glob.glob("**", recursive=True))
+    with pytest.raises(SystemExit) as stopped:
+        simclr_tc2.main(argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and flag in err and value in err and "Traceback" not in err
+    assert sorted(glob.glob("**", recursive=True)) == before
+
+
+@pytest.mark.parametrize("argv, word", [(["nowhere"], "nowhere"), (["r", "--protocol", "svm"], "'svm'"), (["r"], "has no arch"), (["r", "--probe-epochs", "0"], "'0'")])
+def test_bad_input_of_the_evaluation(argv, word, capsys):
+    os.makedirs("r")
+    torch.save({}, "r/backbone.pt")
+    with pytest.raises(SystemExit) as stopped:
+        eval_linear.main(argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and word in err and os.listdir("r") == ["backbone.pt"]
+
+
+# ---- promises about the sources -------------------------------------------------------------------------------------
+def source(name):
+    with open(f"{ROOT}/{name}") as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("script", SCRIPTS + ["eval_linear.py"])
+def test_every_flag_is_read(script):
+    module = __import__(script[:-3])
+    text = source(script) + source("common.py")
+    unread = [k for k in vars(module.parse_args(["r"] if script == "eval_linear.py" else [])) if not re.search(rf"\bargs\.{k}\b(?!\s*=[^=])", text)]
+    assert not unread
+
+
+def test_shared_fences_are_identical_in_all_scripts():
+    blocks = {}
+    for script in SCRIPTS:
+        text = source(script)
+        found = re.findall(r"^ *# -- shared: (\w+) --\n(.*?)^ *# -- end shared --$", text, re.S | re.M)
+        assert len(found) == text.count("# -- end shared --") == text.count("# -- shared: ") and {"main"} <= {name for name, _ in found}
+        for name, block in found:
+            assert blocks.setdefault(name, block) == block, f"block {name} of {script} differs"
+    assert {"main", "tc2"} <= blocks.keys()
+
+
+@pytest.mark.parametrize("script", SCRIPTS + ["common.py", "eval_linear.py"])
+def test_import_has_no_side_effect(script, capfd):
+    code = (f"import sys, os, torch; sys.path.insert(0, {ROOT!r}); before = torch.random.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype();"
+            f"import {script[:-3]}; assert torch.equal(before[0], torch.random.get_rng_state()); assert before[1:] == (torch.get_num_threads(), torch.get_default_dtype());"
+            "assert not os.listdir(); assert 'matplotlib' not in sys.modules")
+    assert subprocess.run([sys.executable, "-B", "-c", code]).returncode == 0 and capfd.readouterr() == ("", "")
+
+
+def equation_table():
+    return re.findall(r"^\| \[(TC2 [^\]]+)\] \| `(\w+)` \| \[(\w+\.py):(\d+)\]", source("README.md"), re.M)
+
+
+def test_readme_table_points_at_the_tagged_definition():
+    assert len(equation_table()) >= 10
+    for tag, name, script, line in equation_table():
+        lines = source(script).splitlines()
+        assert re.match(rf"(def|class) {name}\b", lines[int(line) - 1]), f"{name} is not at {script}:{line}"
+        member = getattr(__import__(script[:-3]), name)
+        assert tag in inspect.getsource(member), f"{name} has no tag [{tag}]"
+
+
+def test_every_tagged_definition_stands_in_the_readme_table():
+    for script in SCRIPTS:
+        module, named = __import__(script[:-3]), {(name, s) for _, name, s, _ in equation_table()}
+        for name, member in vars(module).items():
+            if inspect.isfunction(member) and member.__module__ == module.__name__ and re.search(r"\[TC2 (Eq|Alg|Fig)", inspect.getsource(member)):
+                assert (name, script) in named, f"{script}: {name}"
+
+
+def test_readme_commands_parse_and_flags_exist():
+    for script, rest in re.findall(r"^(?:python|torchrun.*?) (\w+\.py)(.*?)(?:\s+#.*)?$", source("README.md"), re.M):
+        if os.path.exists(f"{ROOT}/{script}"):
+            assert __import__(script[:-3]).parse_args(rest.split())
