@@ -305,33 +305,34 @@ Data = namedtuple("Data", "name train train_labels test test_labels size")
 
 
 def draw_shapes(n, seed):
-    """Ten classes of 32x32 pictures: one figure each, with random place, size, turn, colours, shading and noise."""
+    """n 32x32 wallpapers of ten classes: one small figure each, repeated with random turn, scale, shift, colours, shading and noise. A crop
+    shows the figure too, so its class survives augmentation; pixels tell it badly. Returns (uint8 (n, 3, 32, 32), int64 (n,))."""
     g = rng(seed)
-    label = torch.arange(n) % 10
-    u = torch.rand(n, 12, 1, 1, generator=g).unbind(1)
+    label, u = torch.arange(n) % 10, torch.rand(n, 7, 1, 1, generator=g).unbind(1)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
-    turn, half = 2 * math.pi * u[0], 0.45 + 0.3 * u[1]
-    x0, y0 = (x - 0.5 * (u[2] - 0.5)) / half, (y - 0.5 * (u[3] - 0.5)) / half
-    x1, y1 = turn.cos() * x0 - turn.sin() * y0, turn.sin() * x0 + turn.cos() * y0
-    r, angle = (x1 ** 2 + y1 ** 2).sqrt(), torch.atan2(y1, x1)
-    box, lines = torch.maximum(x1.abs(), y1.abs()), lambda a: torch.cos(4 * math.pi * a)
-    inside = [1 - r, 0.25 - (r - 0.75).abs(), 0.8 - box, 0.2 - (box - 0.65).abs(),                  # disc, ring, square, frame
-              0.45 - torch.maximum(-y1, 0.87 * x1.abs() + 0.5 * y1), torch.minimum(0.3 - torch.minimum(x1.abs(), y1.abs()), 1 - box),
-              0.65 + 0.35 * torch.cos(5 * angle) - r, torch.minimum(1 - r, ((x1 - 0.5) ** 2 + y1 ** 2).sqrt() - 0.8),
-              torch.minimum(0.3 * lines(x1), 0.9 - box), torch.minimum(0.3 * lines(x1) * lines(y1), 0.9 - box)]
-    inside = torch.stack(torch.broadcast_tensors(*inside))[label, torch.arange(n)]                 # triangle, cross; star, moon; stripes, checks
-    mask = (inside * 12 * half + 0.5).clamp(0, 1)[:, None]
-    ink, paper = torch.rand(2, n, 3, 1, 1, generator=g)
-    ink = torch.where((ink - paper).abs().amax(1, keepdim=True) < 0.35, (paper + 0.5) % 1, ink)     # always visible
-    shade = 0.3 * ((u[4] - 0.5) * x + (u[5] - 0.5) * y)[:, None] + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
-    return ((mask * ink + (1 - mask) * paper + shade).clamp(0, 1) * 255).byte(), label
+    turn, half = 2 * math.pi * u[0], 0.3 + 0.3 * u[1]                                       # half the side of a tile
+    a = 1.15 * (((turn.cos() * x - turn.sin() * y) / half + 2 * u[2]) % 2 - 1)              # coordinates in a tile
+    b = 1.15 * (((turn.sin() * x + turn.cos() * y) / half + 2 * u[3]) % 2 - 1)
+    r, box, wave = (a ** 2 + b ** 2).sqrt(), torch.maximum(a.abs(), b.abs()), lambda t: torch.sin(math.pi * t / 1.15)
+    depth = [0.95 - r, 0.2 - (r - 0.7).abs(), 0.8 - box, 0.17 - (box - 0.7).abs(),          # disc, ring, square, frame
+             0.5 - torch.maximum(-b, 0.87 * a.abs() + 0.5 * b),                             # triangle
+             torch.minimum(0.3 - torch.minimum(a.abs(), b.abs()), 1 - box),                 # cross
+             0.65 + 0.35 * torch.cos(5 * torch.atan2(b, a)) - r,                            # star
+             torch.minimum(1 - r, ((a - 0.5) ** 2 + b ** 2).sqrt() - 0.8),                  # moon
+             0.4 - b.abs(), 0.3 * wave(a) * wave(b)]                                        # stripes, checks
+    mask = (torch.stack(depth)[label, torch.arange(n)] * 14 * half + 0.5).clamp(0, 1)[:, None]
+    tint = 0.15 * torch.rand(2, n, 3, 1, 1, generator=g) - 0.075
+    ink = torch.where(u[4] < 0.5, 0.25, -0.25)[:, None]
+    shade = 0.3 * ((u[5] - 0.5) * x + (u[6] - 0.5) * y)[:, None] + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
+    image = 0.5 + mask * (ink + tint[0]) - (1 - mask) * (ink + tint[1]) + shade
+    return (image.clamp(0, 1) * 255).byte(), label
 
 
 def decode(path):
     """uint8 (3, H, W), upright; OSError where no decoder can read the file."""
     try:
         return torchvision.io.decode_image(path, "RGB", apply_exif_orientation=True)
-    except RuntimeError:                                        # BMP, TIFF, a wrong suffix: Pillow reads more, more slowly
+    except (RuntimeError, AttributeError):                      # BMP, TIFF, a wrong suffix, or a torchvision without decoders: Pillow, slower
         try:
             return TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(path))
         except (ValueError, SyntaxError) as error:
@@ -595,7 +596,7 @@ def load_torch(path, flag, keys):
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = [k for k in keys if k not in state]
     except Exception as error:          # torch.load raises a dozen types for files that are not its own
-        fail(f"{flag}: {path} cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
+        fail(f"{flag}: {path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:80].partition(chr(10))[0]})")
     if missing:
         fail(f"{flag}: {path} is not a checkpoint of this project, it has no {', '.join(missing)}")
     return state

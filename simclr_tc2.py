@@ -49,7 +49,7 @@ STRONG = dict(WEAK, crop=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), gray_p=0.2, b
               std=(0.229, 0.224, 0.225))
 AUGMENTATION = {"shapes": WEAK, "small": WEAK, "imagenet": STRONG}                  # TC2 Appendix IV
 RECIPES = {     # small: the protocol the paper cites (Ermolov et al. 2021), with a cosine; imagenet: the paper states no optimiser
-    "shapes": dict(arch="resnet_tiny", epochs=12, batch_size=256, lr=3e-3, weight_decay=1e-6, warmup_epochs=1.0, eval_every=3,
+    "shapes": dict(arch="resnet_tiny", epochs=5, batch_size=64, lr=3e-3, weight_decay=1e-6, warmup_epochs=1.0, eval_every=1,
                    temperature=0.2, dim=64),
     "small": dict(arch="resnet18", epochs=1000, batch_size=512, lr=3e-3, weight_decay=1e-6, warmup_epochs=5.0, eval_every=20,
                   temperature=0.5, dim=64),
