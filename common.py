@@ -134,7 +134,7 @@ def setup_distributed():
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True
     if world > 1:       # gloo beside nccl: what the processes agree about on the host must not wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -547,7 +547,7 @@ def effective_rank(z):
     return torch.special.entr(p).sum().exp()
 
 
-def monitor(backbone, data, args, mean, std, device):
+def monitor(backbone, data, args, recipe, device):
     """k-NN accuracy, both protocols, of at most 20,000 bank and 10,000 test images; {} for images without labels. backbone None:
     of raw pixels."""
     if data.train_labels is None:
@@ -557,7 +557,7 @@ def monitor(backbone, data, args, mean, std, device):
     for images, labels, limit in ((data.train, data.train_labels, 20000), (data.test, data.test_labels, 10000)):
         rows = pick(labels, limit)
         images = images[rows.to(images.device)] if torch.is_tensor(images) else [images[i] for i in rows]
-        x, kept = extract_features(backbone or nn.Flatten(), images, args.image_size, mean, std, args.workers, device, data.name)
+        x, kept = extract_features(backbone or nn.Flatten(), images, args.image_size, recipe["mean"], recipe["std"], args.workers, device, data.name)
         part += [x, labels[rows][kept].to(device)]
     found = {"knn5": knn_accuracy(*part), "knn200_cosine": knn_accuracy(*part, k=200, metric="cosine")}
     return {**found, "rank_h": effective_rank(part[2]).item()} if backbone else found
@@ -582,12 +582,12 @@ def save_text(path, text):
     os.replace(path + ".tmp", path)
 
 
-def save_run(args, step, nets, opts, mean, std):
+def save_run(args, step, nets, opts, recipe):
     """last.pt: everything needed to resume. backbone.pt: what other programs load, see README."""
     save(f"{args.out}/last.pt", {"step": step, "settings": vars(args), "nets": nets.state_dict(),
                                  "opts": {k: o.state_dict() for k, o in opts.items()}})
-    save(f"{args.out}/backbone.pt", {"arch": args.arch, "image_size": args.image_size, "small_images": args.image_size <= SMALL, "mean": mean,
-                                     "std": std, "state_dict": {k: v.cpu() for k, v in nets["backbone"].state_dict().items()}})
+    save(f"{args.out}/backbone.pt", {"arch": args.arch, "image_size": args.image_size, "small_images": args.image_size <= SMALL, "mean": recipe["mean"],
+                                     "std": recipe["std"], "state_dict": {k: v.cpu() for k, v in nets["backbone"].state_dict().items()}})
 
 
 def load_torch(path, flag, keys):
@@ -605,6 +605,8 @@ def load_torch(path, flag, keys):
 def open_run(args, nets, opts, rank, **facts):
     """Resume from --out/last.pt if it is there, else start its log. Returns the step to go on from."""
     log, last = f"{args.out}/log.jsonl", f"{args.out}/last.pt"
+    if args.compile:
+        nets["backbone"].compile()
     settings, step, rows = vars(args), 0, []
     if os.path.exists(last):
         state = load_torch(last, f"--out {args.out}", ("step", "settings", "nets", "opts"))

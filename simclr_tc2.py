@@ -1,8 +1,8 @@
 """SimCLR with task conflict calibration (TC2): one file, read beside the papers.
 
-SimCLR pulls the views of an image together and pushes all other images away. TC2 splits each batch into K groups, "tasks", and lets the
-encoder adapt to a task's support views before it is judged on its query views. In between, two small networks rewrite every embedding as
-a sparse combination of factors shared by all tasks, so that the semantics of one task do not disturb another's.
+SimCLR pulls the views of an image together and pushes other images away. TC2 splits each batch into K "tasks" and lets the encoder adapt
+to a task's support views before it is judged on its query views. Two small networks rewrite every embedding as a sparse combination of
+factors that all tasks share, so that the semantics of one task do not disturb another's.
 
   SimCLR  Chen et al. 2020, arXiv 2002.05709: NT-Xent, here over all pairs of m views
   TC2     Guo et al., "Exploring Transferability of Self-Supervised Learning by Task Conflict Calibration": Eqs. 1-7, Algorithm 1
@@ -15,8 +15,7 @@ a sparse combination of factors shared by all tasks, so that the semantics of on
   f_v, V              factor_net, V                (d, n_f)       columns: factors shared by all tasks
   f_w, W_j            weight_net, W                (..., n_f)     weights of one sample
   f_w(z_j) V^T        z_hat                        (..., d)       the calibrated embedding
-  alpha_1..4          TC2_LR                       one Adam for f_v and f_w
-  beta_1, beta_2      --inner-lr --lr              inner SGD step, outer Adam
+  alpha, beta_1, beta_2                            TC2_LR (one Adam for f_v and f_w), --inner-lr (SGD), --lr (Adam)
 
   python simclr_tc2.py                                          drawn shapes, two minutes on a laptop
   python simclr_tc2.py --data /imagenet100                      one GPU; plain SimCLR with --baseline
@@ -27,10 +26,9 @@ Controls: `--baseline --views 4` SimCLR at equal views | `--inner-lr 0` no inner
 
 Result: results/README.md. At CPU scale TC2 trains, does not collapse, and does not beat SimCLR at equal compute; not run at ImageNet scale.
 
-Deviations from the paper (README.md has the evidence; --literal undoes the first four): (1) V is orthonormal by QR, not by penalty alone;
-(2) f_w has a skip path z V; (3) z has norm sqrt(d), since at unit norm the l1 term of Eq. 2 makes W = 0; (4) the query error is that of the
-implicit N-way classification, since the squared distance of views collapses; (5) Eq. 7 is first order unless --second-order; (6) Eqs. 1-2
-are means over samples; (7) Adam with a cosine in all recipes.
+Deviations from the paper (evidence in README.md; --literal undoes the first four): (1) V is orthonormal by QR, not by penalty alone; (2) f_w
+has a skip path z V; (3) z has norm sqrt(d): at unit norm Eq. 2 makes W = 0; (4) the query error is that of the implicit N-way
+classification: the squared distance of views collapses; (5) Eq. 7 is first order by default; (6) Eqs. 1-2 are means over samples.
 """
 import torch
 import torch.nn.functional as F
@@ -77,15 +75,14 @@ def parse_args(argv=None):
 def check_args(args, data, world):
     args.views, args.tasks = args.views or (2 if args.baseline else 4), args.tasks or (1 if args.baseline else 4)
     args.factors, args.query_loss = args.factors or args.dim, args.query_loss or ("sse" if args.literal else "brier")
-    groups = args.tasks if args.tasks % world == 0 or args.baseline else args.tasks * world
-    if args.batch_size % groups or args.batch_size % world or args.batch_size // args.tasks < 2:
-        fail(f"--batch-size {args.batch_size}: must be a multiple of --tasks {args.tasks} and of {world} processes, two images per task")
-    if args.tasks % world and not args.baseline:
-        fail(f"--tasks {args.tasks}: must be a multiple of the {world} processes, each holds whole tasks")
-    if args.views < 4 and not args.baseline:
-        fail(f"--views {args.views}: TC2 needs at least 4, two for support and two for query")
+    if args.batch_size % world or args.batch_size % args.tasks or args.batch_size < 2 * args.tasks:
+        fail(f"--batch-size {args.batch_size}: must be a multiple of --tasks {args.tasks}, at least 2 images each, and of {world} processes")
     if args.batch_size > len(data.train):
         fail(f"--batch-size {args.batch_size}: there are only {len(data.train)} training images")
+    if not args.baseline and args.tasks % world:
+        fail(f"--tasks {args.tasks}: must be a multiple of the {world} processes, each holds whole tasks")
+    if not args.baseline and args.views < 4:
+        fail(f"--views {args.views}: TC2 needs at least 4, two for support and two for query")
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -107,10 +104,9 @@ def build_opts(nets, args):
 
 
 def embed(encoder, x, args, params=None):
-    """z (rows, d) of images x (rows, 3, H, W), float32 or finer, on the sphere of radius sqrt(d). params: weights to use in place of
-    the encoder's own."""
+    """z (rows, d) of images x (rows, 3, H, W), not in bfloat16, on the sphere of radius sqrt(d), with `params` if given."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        z = encoder(x) if params is None else functional_call(encoder, params, (x,))
+        z = encoder(x) if params is None else functional_call(encoder, params, (x,), tie_weights=False)
     z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
     return z if args.literal else z * z.shape[-1] ** 0.5
 
@@ -142,7 +138,7 @@ def mlp(*sizes):
 
 class FactorNet(nn.Module):
     """f_v: S (d + 1, d) -> V (d, n_f). Each column of S (a dimension's mean and covariances) gives a row of V, then QR makes the columns
-    orthonormal. A network of the flattened S would have 134M parameters at d = 512, this one 0.3M."""
+    orthonormal. A network of the flattened S would have 134M parameters at d = 512, this one 0.3M. [TC2 question i]"""
     def __init__(self, dim, n_factors, hidden=256, orthogonal=True):
         super().__init__()
         self.mlp, self.orthogonal = mlp(dim + 1, hidden, hidden, n_factors), orthogonal and n_factors <= dim
@@ -157,7 +153,7 @@ class FactorNet(nn.Module):
 
 class WeightNet(nn.Module):
     """f_w: z (..., d), V (d, n_f) -> W (..., n_f) = z V + MLP(z). V is given: no gradient reaches f_v through the skip path. The MLP
-    starts at zero, so that calibration starts as the projection on V."""
+    starts at zero, so that calibration starts as the projection on V. [TC2 question ii]"""
     def __init__(self, dim, n_factors, hidden=128, skip=True):
         super().__init__()
         self.mlp, self.skip = mlp(dim, hidden, hidden, n_factors), skip
@@ -217,25 +213,22 @@ def update_encoder(params, support_loss, query_loss, tasks, inner_lr, second_ord
     params: {name: leaf tensor}; support_loss(params, k), query_loss(params, k) -> scalar. Returns ({name: gradient}, terms); the params
     and their .grad are left alone. First order takes the gradient at f_theta^k, second order goes on through Eq. 6 to f_theta."""
     names, theta, total = list(params), list(params.values()), [torch.zeros_like(p) for p in params.values()]
-    support, query, inner_step = [], [], []
+    terms = {"loss_query": 0, "loss_support": 0, "inner_step": 0} if inner_lr else {"loss_query": 0}
     for k in range(tasks):
         fast = theta
         if inner_lr:
             loss = support_loss(params, k)
             grads = torch.autograd.grad(loss, theta, create_graph=second_order, materialize_grads=True)
             fast = torch._foreach_add(theta, grads, alpha=-inner_lr)                                                    # [TC2 Eq. 6]
-            support.append(loss.detach())
-            inner_step.append(inner_lr * torch.nn.utils.get_total_norm(grads).detach())
+            terms["loss_support"] = terms["loss_support"] + loss.detach() / tasks
+            if k == 0:                                                          # relative length of the inner step: above 0.02 it harms
+                terms["inner_step"] = (inner_lr * nn.utils.get_total_norm(grads) / nn.utils.get_total_norm(theta)).detach()
             if not second_order:
                 fast = [p.detach().requires_grad_() for p in fast]
         loss = query_loss(dict(zip(names, fast)), k)
         grads = torch.autograd.grad(loss, theta if second_order else fast, materialize_grads=True)
         torch._foreach_add_(total, grads, alpha=1 / tasks)                                                              # [TC2 Eq. 7]
-        query.append(loss.detach())
-    terms = {"loss_query": torch.stack(query).mean()}
-    if inner_lr:
-        norm = torch.nn.utils.get_total_norm(theta).detach()
-        terms |= {"loss_support": torch.stack(support).mean(), "inner_step": torch.stack(inner_step).mean() / norm}     # relative; > 0.02 harms
+        terms["loss_query"] = terms["loss_query"] + loss.detach() / tasks
     return dict(zip(names, total)), terms
 
 
@@ -265,13 +258,6 @@ def view_sse(query):
     return (query[a] - query[b]).square().sum(-1).mean()
 
 
-def query_error(query, support, args):
-    """The chosen L_sse of Eqs. 5 and 7 for one task: query (v, n, d), support (m', n, d)."""
-    if args.query_loss == "brier":
-        return query_sse(query, prototypes(support), args.temperature)
-    return info_nce(query, args.temperature) if args.query_loss == "nce" else view_sse(query)
-
-
 # ---- one iteration --------------------------------------------------------------------------------------------------
 def simclr_step(nets, opts, views, args):
     """SimCLR on the joined batch; with --tasks K the mean over K groups of it. [TC2 "SimCLR + T"]"""
@@ -291,53 +277,51 @@ def train_step(nets, opts, views, args):
         return simclr_step(nets, opts, views, args)
     encoder, m, m_support = nn.Sequential(nets["backbone"], nets["projector"]), len(views), len(views) // 2
     K = args.tasks // world_size()                                                          # line 2: this process's tasks
-    tasks = list(zip(*(view.chunk(K) for view in views)))                                   # line 3: tasks[k][v] (n_k, 3, H, W)
+    x = torch.cat([part for task in zip(*(view.chunk(K) for view in views)) for part in task])
+    tasks, n = x.chunk(K), len(x) // (K * m)                                                # line 3: task k is (m n, 3, H, W), view after view
     ssl_loss = lambda z, k: info_nce(z, args.temperature)
-    query_loss = lambda query, support, k: query_error(query, support, args)
-
+    query_loss = {"brier": lambda query, support, k: query_sse(query, prototypes(support), args.temperature),
+                  "nce": lambda query, support, k: info_nce(query, args.temperature),
+                  "sse": lambda query, support, k: view_sse(query)}[args.query_loss]
     with torch.no_grad():                                                                   # BatchNorm's running statistics move here only
-        Z = embed(encoder, torch.cat(views), args).unflatten(0, (m, -1))                    # (m, n, d)
+        Z = embed(encoder, x, args).unflatten(0, (K, m, n)).transpose(0, 1).flatten(1, 2)   # (m, K n, d)
     terms, calibrated = {"std_z": embedding_std(Z[0])}, None
     if args.calibrate != "none":                                                            # line 4: Eqs. 4-5
         S = batch_summary(Z)
         terms |= update_factors(nets["factor_net"], nets["weight_net"], opts["factors"], Z, S, m_support, ssl_loss, query_loss, K, args.lambda_s)
-        with torch.no_grad():
-            V = nets["factor_net"](S)
-            z_hat = calibrate(Z[0], V, nets["weight_net"])
-        terms |= {"std_z_hat": embedding_std(z_hat), "cos_z_hat": F.cosine_similarity(z_hat, Z[0], dim=-1).mean()}
+        V = nets["factor_net"](S).detach()
         calibrated = lambda z: calibrate(z, V, nets["weight_net"])
-
+        z_hat = calibrated(Z[0]).detach()
+        terms |= {"std_z_hat": embedding_std(z_hat), "cos_z_hat": F.cosine_similarity(z_hat, Z[0], dim=-1).mean()}
     spaces = {"both": [calibrated], "none": [lambda z: z], "mix": [calibrated, lambda z: z]}[args.calibrate]
-    embed_task = lambda params, k, v: embed(encoder, torch.cat(tasks[k][:v]), args, params).unflatten(0, (v, -1))       # (v, n_k, d)
+    embed_task = lambda params, k, v: embed(encoder, tasks[k][:v * n], args, params).unflatten(0, (v, n))              # (v, n, d)
     def support_loss(params, k):
         z = embed_task(params, k, m_support)
         return sum(ssl_loss(space(z), k) for space in spaces) / len(spaces)
     def query_loss_at(params, k):
         z = embed_task(params, k, m)                            # the anchors are computed at f_theta^k too: stale ones cost 6 points
         return sum(query_loss(c[m_support:], c[:m_support], k) for c in (space(z) for space in spaces)) / len(spaces)
-
     with batch_stats_only(encoder):                                                         # line 5: Eqs. 6-7
         params = dict(encoder.named_parameters())
         grads, encoder_terms = update_encoder(params, support_loss, query_loss_at, K, args.inner_lr, args.second_order)
-    for name, p in params.items():
-        p.grad = grads[name]
+    for name in params:
+        params[name].grad = grads[name]
     average_gradients(params.values())
     opts["encoder"].step()
     return {**encoder_terms, **terms}
 
 
 def diagnose(nets, views, args):
-    """What Figure 1b/c of the paper shows, at the present weights, and the health of the embedding: K groups of this batch, the gradient of
-    InfoNCE over all views on z (raw) and on z_hat (calibrated). Groups are random, so the cosine also falls when they are small."""
-    encoder, m, K = nn.Sequential(nets["backbone"], nets["projector"]), len(views), max(args.tasks, 2)
+    """Figure 1b/c at the present weights: the gradients of InfoNCE over all views of K groups of this batch (4 if K = 1), on z (raw) and on
+    z_hat (calibrated), and the health of both. The groups are random, so their cosine also falls when they are small."""
+    encoder, m, K = nn.Sequential(nets["backbone"], nets["projector"]), len(views), args.tasks if args.tasks > 1 else 4
     with batch_stats_only(encoder):
         with torch.no_grad():
             Z = embed(encoder, torch.cat(views), args)
         found, spaces = {"rank_z": effective_rank(Z)}, {"raw": lambda z: z}
         if not args.baseline and args.calibrate != "none":
-            with torch.no_grad():
-                V = nets["factor_net"](batch_summary(Z))
-                W = nets["weight_net"](Z, V)
+            V = nets["factor_net"](batch_summary(Z)).detach()
+            W = nets["weight_net"](Z, V).detach()
             spaces["calibrated"] = lambda z: calibrate(z, V, nets["weight_net"])
             found |= {"rank_z_hat": effective_rank(W @ V.T), "orthogonality": (V.T @ V - torch.eye(V.shape[1], device=V.device)).square().sum(),
                       "explained_by_w": 1 - (Z - W @ V.T).square().sum() / Z.square().sum(), "zero_weights": (W.abs() < 1e-2).float().mean()}
@@ -358,27 +342,23 @@ def main(argv=None):
     rank, world, device = setup_distributed()
     data = load_data(args.data, args.image_size, args.workers)
     augmentation = AUGMENTATION[resolve(args, RECIPES, data, SCRIPT)]
-    mean, std = augmentation["mean"], augmentation["std"]
     check_args(args, data, world)
     torch.manual_seed(args.seed)                                                            # the same initial weights on every process
     nets = build_nets(args)[0].to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
-    opts = build_opts(nets, args)
-    if args.compile:
-        nets["backbone"].compile()
+    opts, augmented = build_opts(nets, args), [augmentation] * args.views
     per_epoch = len(data.train) // args.batch_size                                          # an incomplete last batch is left out
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
     start = open_run(args, nets, opts, rank, images=len(data.train), device=str(device), processes=world, steps_per_epoch=per_epoch)
     log = Log(args, rank, world, start, stop)
-    evaluate = lambda backbone: monitor(backbone, data, args, mean, std, device) if rank == 0 else {}
+    evaluate = lambda backbone: monitor(backbone, data, args, augmentation, device) if rank == 0 else {}
     if data.train_labels is None:
         log.show(f"{args.data} has no labels: the k-NN monitor is off")
     elif start == 0:                                                                        # what the run has to beat
         raw = evaluate(None) if torch.is_tensor(data.train) else {}
         log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
     with graceful_stop() as asked_to_stop:
-        batches = training_views(data, [augmentation] * args.views, args.image_size, args.batch_size, args.seed, rank, world, device,
-                                 args.workers, start, stop)
+        batches = training_views(data, augmented, args.image_size, args.batch_size, args.seed, rank, world, device, args.workers, start, stop)
         for step, views in enumerate(batches, start + 1):                                   # step = steps done after this one
             set_lr(opts, lr_scale(step - 1, total, args.warmup_epochs * per_epoch))
             log.add(step, train_step(nets, opts, views, args))
@@ -388,7 +368,7 @@ def main(argv=None):
             if step == stop or epoch_end and step // per_epoch % args.eval_every == 0:
                 log.event(step=step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
             if rank == 0 and (epoch_end or signum):
-                save_run(args, step, nets, opts, mean, std)
+                save_run(args, step, nets, opts, augmentation)
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on from there")
                 raise SystemExit(128 + signum)

@@ -6,7 +6,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-torch.set_num_threads(2)
+torch.set_num_threads(1)         # tiny networks; and threads that fight over busy cores wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -24,14 +24,6 @@ FULL = dict(crop=(.2, 1.), ratio=(3 / 4, 4 / 3), flip=.5, jitter=(.4, .4, .4, .1
 WORLD = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():  # the tensors are small: more threads only wait for each other
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def close(a, b, tol=1e-5):
     torch.testing.assert_close(a, b, rtol=0, atol=tol)
 
