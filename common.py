@@ -718,7 +718,12 @@ def plot_curves(out):
     for axis, (title, keys) in zip(axes.flat, panels.items()):
         for key in keys:
             points = [(r["step"], r[key]) for r in rows if key in r]
-            axis.plot(*zip(*points), ".-" if len(points) < 40 else "-", label=key)
+            if key.startswith("raw"):
+                axis.axhline(points[0][1], linestyle="--", color="gray" if "cosine" in key else "black", label=key)
+            else:
+                axis.plot(*zip(*points), ".-" if len(points) < 60 else "-", label=key)
+        if title in ("losses", "other"):                        # from 1e-3 to 100 in one panel, zero included
+            axis.set_yscale("symlog", linthresh=0.1 if title == "losses" else 1e-3)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")

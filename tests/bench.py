@@ -106,9 +106,9 @@ def step(rounds, argv):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="*", default=["augment", "decode", "step"], choices=["augment", "decode", "step"])
+    p.add_argument("what", nargs="*", choices=["augment", "decode", "step", []], metavar="augment|decode|step")
     p.add_argument("--rounds", type=int, default=9)
     args, rest = p.parse_known_args()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")
-    for what in args.what:
+    for what in args.what or ("augment", "decode", "step"):
         step(args.rounds, rest) if what == "step" else {"augment": augment, "decode": decode}[what](args.rounds)

@@ -449,3 +449,19 @@ def test_readme_commands_parse_and_flags_exist():
     for script, rest in re.findall(r"^(?:python|torchrun.*?) (\w+\.py)(.*?)(?:\s+#.*)?$", source("README.md"), re.M):
         if os.path.exists(f"{ROOT}/{script}"):
             assert __import__(script[:-3]).parse_args(rest.split())
+
+
+def test_results_table_holds_what_the_logs_say():
+    table = re.findall(r"^\|[^|]+\| `(\w+)` \|([^\n]+)\|$", source("results/README.md"), re.M)
+    assert len(table) >= 6
+    for row, cells in table:
+        images, passes, linear, knn, cosine, std, rank = (float(c) for c in cells.split("|"))
+        with open(f"{ROOT}/results/cifar10_cpu/{row}/eval.json") as file:
+            found = {(r["protocol"], r["metric"]): r["value"] for r in json.load(file)["results"]}
+        log = rows(f"{ROOT}/results/cifar10_cpu/{row}")
+        settings, steps = log[0]["settings"], [r for r in log if "lr" in r]
+        per_image = settings["views"] if settings["baseline"] else 4 / 3 + 2 * (settings["inner_lr"] > 0) + 4
+        assert (round(found["linear", "top1"], 2), round(found["knn", "k5_euclidean"], 2), round(found["knn", "k200_cosine"], 2)) == (linear, knn, cosine)
+        seen = steps[-1]["step"] * settings["batch_size"] / 1e3
+        assert images == round(seen) and passes == round(seen * per_image)
+        assert std == round(steps[-1]["std_z"], 2) and rank == round([r for r in log if "rank_h" in r][-1]["rank_h"])
