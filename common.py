@@ -685,10 +685,12 @@ class Log:
 def graceful_stop():
     """Yields a function that tells, after every step and alike on all processes, which signal (SIGINT, SIGTERM) has come, or 0.
     A second Ctrl-C ends the program at once."""
-    seen = [0]
+    seen, since = [0], [math.inf]
     def note(signum, _):
-        seen[0] = signum
-        signal.signal(signum, signal.SIG_DFL)
+        if time.monotonic() - since[0] > 1:             # torchrun repeats the terminal's Ctrl-C at once: that is not a second one
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        seen[0], since[0] = signum, min(since[0], time.monotonic())
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     def agreed():
         if world_size() > 1:

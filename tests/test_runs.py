@@ -272,6 +272,16 @@ def test_torchrun_with_two_processes_runs_and_resumes():
     assert rows("r")[0]["processes"] == 2 and state("r")["step"] == 4 and [r["step"] for r in rows("r")[1:]] == [0, 2, 2, 3, 4, 4]
 
 
+def test_ctrl_c_on_torchrun_ends_all_processes_with_one_checkpoint():
+    run = program("-m", "torch.distributed.run", "--nproc-per-node", "2", f"{ROOT}/simclr_tc2.py", *QUICK, "--epochs", "500", "--out", "r", start_new_session=True)
+    while not (os.path.exists("r/log.jsonl") and rows("r")[-1].get("step", 0) >= 3):
+        assert run.poll() is None
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)                   # as a terminal does: to torchrun and to its processes
+    out, _ = run.communicate(timeout=60)
+    assert out.count("the same command goes on from there") == 1 and state("r")["step"] == rows("r")[-1]["step"] >= 3
+
+
 # ---- data -----------------------------------------------------------------------------------------------------------
 def test_shapes_are_deterministic_balanced_and_different_in_train_and_test():
     a, b = common.load_data("shapes"), common.load_data("shapes")
