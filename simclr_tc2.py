@@ -25,7 +25,6 @@ Controls: `--baseline --views 4` SimCLR at equal views | `--inner-lr 0` no inner
 `--baseline --tasks 2` the paper's SimCLR+T: K tasks, neither calibration nor inner loop | `--literal` the paper's words.
 
 Result: results/README.md. At CPU scale TC2 trains, does not collapse, and does not beat SimCLR at equal compute; not run at ImageNet scale.
-
 Deviations from the paper (evidence in README.md; --literal undoes the first four): (1) V is orthonormal by QR, not by penalty alone; (2) f_w
 has a skip path z V; (3) z has norm sqrt(d): at unit norm Eq. 2 makes W = 0; (4) the query error is that of the implicit N-way
 classification: the squared distance of views collapses; (5) Eq. 7 is first order by default; (6) Eqs. 1-2 are means over samples.
@@ -83,17 +82,18 @@ def check_args(args, data, world):
         fail(f"--tasks {args.tasks}: must be a multiple of the {world} processes, each holds whole tasks")
     if not args.baseline and args.views < 4:
         fail(f"--views {args.views}: TC2 needs at least 4, two for support and two for query")
+    if args.compile and args.second_order and not args.baseline:
+        fail("--second-order: cannot go with --compile, whose backward pass cannot be differentiated")
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
 def build_nets(args):
-    """ModuleDict of backbone, linear projector [TC2 Appendix IV] and, without --baseline, f_v and f_w; and the feature dimension.
-    The encoder comes first, so that it starts from the same weights with and without TC2."""
+    """(ModuleDict of backbone, linear projector and f_v, f_w, feature dimension); the encoder's weights are drawn first. [TC2 Appendix IV]"""
     backbone, feature_dim = make_backbone(args.arch, args.image_size)
     nets = nn.ModuleDict({"backbone": backbone, "projector": nn.Linear(feature_dim, args.dim)})
     if not args.baseline:
-        nets["factor_net"] = FactorNet(args.dim, args.factors, orthogonal=not args.literal)
-        nets["weight_net"] = WeightNet(args.dim, args.factors, skip=not args.literal)
+        nets.update({"factor_net": FactorNet(args.dim, args.factors, orthogonal=not args.literal),
+                     "weight_net": WeightNet(args.dim, args.factors, skip=not args.literal)})
     return nets, feature_dim
 
 
@@ -327,9 +327,9 @@ def diagnose(nets, views, args):
                       "explained_by_w": 1 - (Z - W @ V.T).square().sum() / Z.square().sum(), "zero_weights": (W.abs() < 1e-2).float().mean()}
         gradients = {name: [] for name in spaces}
         for task in zip(*(view.chunk(K) for view in views)):
-            z = embed(encoder, torch.cat(task), args).unflatten(0, (m, -1))
             for name, space in spaces.items():
-                g = torch.autograd.grad(info_nce(space(z), args.temperature), list(encoder.parameters()), retain_graph=True)
+                z = embed(encoder, torch.cat(task), args).unflatten(0, (m, -1))
+                g = torch.autograd.grad(info_nce(space(z), args.temperature), list(encoder.parameters()))
                 gradients[name].append(torch.cat([t.flatten() for t in g]))
     for name, rows in gradients.items():
         found[f"conflict_cos_{name}"], found[f"conflict_negative_{name}"] = gradient_conflict(torch.stack(rows))

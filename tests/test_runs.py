@@ -360,7 +360,8 @@ BAD = [(["--epochs", "0"], "--epochs", "'0'"), (["--lr", "nan"], "--lr", "'nan'"
        (["--data", "missing"], "--data", "missing"), (["--data", "empty"], "--data", "empty"), (["--data", "only"], "--data", "val/ nor test/"),
        (["--data", "onlytest"], "--data", "no train/"), (["--data", "classes"], "--data", "only one of them has c"), (["--data", "hollow"], "--data", "hollow"),
        (["--data", "broken"], "--data", "broken"), (["--inner-lr", "inf"], "--inner-lr", "'inf'"), (["--unknown", "1"], "--unknown", "1"),
-       (["--batch", "64"], "--batch", "64"), (["--image-size", "4"], "--image-size", "'4'"), (["--workers", "-1"], "--workers", "'-1'")]
+       (["--batch", "64"], "--batch", "64"), (["--image-size", "4"], "--image-size", "'4'"), (["--workers", "-1"], "--workers", "'-1'"),
+       (["--second-order", "--compile"], "--second-order", "--compile")]
 
 
 @pytest.fixture(scope="module")
