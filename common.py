@@ -572,8 +572,8 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except OSError as error:
-        fail(f"cannot write {path} ({error}); the previous one, if any, is untouched")
+    except (OSError, RuntimeError) as error:                    # torch.save reports a full disk as either
+        fail(f"cannot write {path} ({str(error).partition(chr(10))[0]}); the previous one, if any, is untouched")
 
 
 def save_text(path, text):

@@ -4,10 +4,10 @@ Every figure is a ratio of two things measured alternately in this run, so that 
 with the spread. augment and decode use one thread: images per second and core.
 """
 import argparse
-import io
 import os
 import statistics
 import sys
+import tempfile
 import time
 
 import torch
@@ -52,10 +52,10 @@ def augment(rounds):
 
 def decode(rounds):
     torch.set_num_threads(1)
-    names = []
+    names, folder = [], tempfile.TemporaryDirectory()
     noise = torch.nn.functional.interpolate(torch.rand(1, 3, 24, 32, generator=common.rng(1)), (375, 500), mode="bicubic")[0].clamp(0, 1)
     for i in range(8):
-        names.append(f"/tmp/bench_{os.getpid()}_{i}.jpg")
+        names.append(os.path.join(folder.name, f"{i}.jpg"))
         T.functional.to_pil_image((noise + 0.04 * torch.randn(3, 375, 500, generator=common.rng(i))).clamp(0, 1)).save(names[-1], quality=90)
     pipeline, files = pil_pipeline(simclr_tc2.STRONG, 224), common.Files("bench", names, 224, None, 0, 2, simclr_tc2.STRONG)
     def per_sample():
@@ -66,8 +66,7 @@ def decode(rounds):
     only = alternate(lambda: [common.decode(n) for n in names], lambda: None, rounds)[0]
     print(f"decode, 2 crops    Pillow {8 / pil:8.1f} images/s  ours {8 / ours:8.1f} images/s  {ratio:5.1f}x ({spread[0]:.1f} to {spread[1]:.1f}), one core; "
           f"decoding alone {8 / only:.1f}; a file has {os.path.getsize(names[0]) / 1e3:.0f} KB")
-    for name in names:
-        os.remove(name)
+    folder.cleanup()
 
 
 def step(rounds, argv):
