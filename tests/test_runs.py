@@ -314,6 +314,21 @@ def test_every_monitor_subset_of_a_class_sorted_folder_has_all_classes(monkeypat
     assert [len(y) for y in seen[:2]] == [20000, 10000] and all(y.bincount(minlength=10).min() > 800 for y in seen)
 
 
+def test_order_and_augmentation_are_functions_of_seed_epoch_step_and_view():
+    def views(images, recipe, seed, start=0, stop=6):
+        data = common.Data("x", images, None, [], None, 8)
+        return list(common.training_views(data, [recipe] * 2, 8, 4, seed, 0, 1, torch.device("cpu"), 0, start, stop))
+    as_is = dict(simclr_tc2.WEAK, crop=(1, 1), ratio=(1, 1), flip=0, jitter_p=0, gray_p=0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    numbered = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 3, 8, 8)
+    order = lambda seed: torch.stack([(v[0][:, 0, 0, 0] * 255).round().int() for v in views(numbered, as_is, seed)]).view(2, 12).tolist()
+    first, second = order(1)
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second and order(1) == [first, second] and order(2)[0] != first
+    alike = torch.randint(0, 255, (1, 3, 8, 8), dtype=torch.uint8, generator=common.rng(0)).expand(12, 3, 8, 8)
+    drawn = [v for seed in (1, 2) for step in views(alike, simclr_tc2.WEAK, seed, 0, 2) for v in step]
+    assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    assert all(map(torch.equal, views(alike, simclr_tc2.WEAK, 1, 1, 2)[0], drawn[2:4]))
+
+
 @pytest.mark.parametrize("size", [(20, 24), (120, 150)])
 def test_folder_of_classes_trains_and_views_do_not_depend_on_workers_or_processes(size):
     data = common.load_data(image_folder("d", size=size, n=6))
