@@ -286,7 +286,7 @@ def augment(images, recipe, g, size=None, crop=True, share=slice(None), total=No
         x[rows] = part
     pick = lambda column, p: (u[:, column] < p)[:, None, None, None]
     if recipe["gray_p"]:
-        x = torch.where(pick(6, recipe["gray_p"]), _luma(x), x)
+        x = torch.where(pick(6, recipe["gray_p"]), grayscale(x), x)
     if recipe["blur_p"]:
         x = gaussian_blur(x, (0.1 + 1.9 * u[:, 8]) * (u[:, 7] < recipe["blur_p"]))
     if recipe["solarize_p"]:
@@ -617,7 +617,8 @@ def open_run(args, nets, opts, rank, **facts):
         for k, opt in opts.items():
             opt.load_state_dict(state["opts"][k])
         step = state["step"]
-        rows = [r for line in open(log) if line.endswith("\n") and (r := json.loads(line)).get("step", 0) <= step]
+        lines = open(log).readlines() if os.path.exists(log) else []
+        rows = [r for line in lines if line.endswith("\n") and (r := json.loads(line)).get("step", 0) <= step]
     if rank == 0:
         try:
             os.makedirs(args.out, exist_ok=True)

@@ -35,7 +35,7 @@ from torch import nn
 from torch.func import functional_call
 
 from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only, effective_rank, embedding_std, fail,
-                    gather_batch, graceful_stop, load_data, lr_scale, make_backbone, monitor, number, open_run, plot_curves, resolve,
+                    gather_batch, graceful_stop, load_data, lr_scale, make_backbone, monitor, number, open_run, resolve,
                     save_run, set_lr, setup_distributed, training_views, world_size)
 
 SCRIPT = "simclr_tc2"
