@@ -58,7 +58,7 @@ def base_parser(description, recipes, archs):
     flag("--arch", str, "backbone", choices=archs)
     flag("--image-size", number(int, 8), "pixels (default: the images' own size up to 96, 224 above)")
     flag("--epochs", number(int, 1), "passes over the training images")
-    flag("--batch-size", number(int, 2), "images per step, over all processes")
+    flag("--batch-size", number(int, 2), "images per batch, over all processes")
     flag("--lr", number(float, 0), "peak learning rate at this batch size")
     flag("--weight-decay", number(float, 0), "0 = none")
     flag("--warmup-epochs", number(float, 0), "linear warm-up, then cosine to 0; 0 = none")
@@ -79,7 +79,7 @@ def resolve(args, recipes, data, script):
     """Fill the flags left open from the recipe of the data; returns the recipe's name."""
     name = "shapes" if data.name == "shapes" else "small" if (args.image_size or data.size) <= SMALL else "imagenet"
     args.image_size = args.image_size or (data.size if data.size <= SMALL else 224)
-    args.out = args.out or f"runs/{script}" + ("-baseline" if args.baseline else "")
+    args.out, args.script = args.out or f"runs/{script}" + ("-baseline" if args.baseline else ""), script
     for key, value in recipes[name].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -633,9 +633,11 @@ def open_run(args, nets, opts, rank, **facts):
 
 
 class Log:
-    """log.jsonl and the progress line. `add` never waits for the GPU; `write` does, and ends the run if a value is not finite."""
-    def __init__(self, args, rank, world, start, stop):
-        self.out, self.batch, self.rank, self.world, self.start, self.stop = args.out, args.batch_size, rank, world, start, stop
+    """log.jsonl and the progress line. `add` never waits for the GPU; `write` does, warns once of each term above its limit, and ends the
+    run if a value is not finite. limits: {term: (limit, sentence)}; batch: images per step."""
+    def __init__(self, out, batch, rank, world, start, stop, limits):
+        self.out, self.batch, self.rank, self.world, self.start, self.stop = out, batch, rank, world, start, stop
+        self.limits = dict(limits)
         self.pending, self.seconds, self.done, self.clock, self.knn = [], 0.0, 0, time.perf_counter(), ""
 
     def add(self, step, terms):
@@ -653,11 +655,16 @@ class Log:
                 print(f"error: not finite at step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in zip(names, row))
                       + f"; last good checkpoint: {good}", file=sys.stderr)
                 raise SystemExit(1)
-        took, count, self.pending, self.clock = now - self.clock, len(self.pending), [], now
+        took, count, pending, self.pending, self.clock = now - self.clock, len(self.pending), self.pending, [], now
         self.seconds, self.done = self.seconds + took, self.done + count
         self.event(step=step, lr=lr, images_per_s=round(self.batch * count / took, 1), **dict(zip(names, values[-1])))
         self.show(f"step {step}/{self.stop}  " + "  ".join(f"{k} {v:.3f}" for k, v in list(zip(names, values[-1]))[:3]) + self.knn
                   + f"  {self.batch * count / took:.0f} img/s  {self.seconds / self.done * (self.stop - step):.0f} s left", live=True)
+        for name in [n for n in names if n in self.limits]:
+            (limit, sentence), worst = self.limits[name], max((row[names.index(name)], step) for (step, _), row in zip(pending, values))
+            if worst[0] > limit:
+                self.event(step=worst[1], warning=f"{name} {worst[0]:.3g} > {limit}: {sentence}")
+                del self.limits[name]
 
     def event(self, **row):
         if self.rank == 0:
@@ -665,7 +672,7 @@ class Log:
             with open(f"{self.out}/log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             if "lr" not in row:
-                self.show("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+                self.show("  ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in row.items()))
                 self.knn = f"  knn5 {row['knn5']:.1f}" if "knn5" in row else self.knn
         self.clock = time.perf_counter()                                        # an evaluation does not count as training time
 
@@ -712,7 +719,7 @@ def plot_curves(out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in open(f"{out}/log.jsonl")][1:]
-    names = sorted({k for r in rows for k in r} - {"step", "images_per_s", "lr"})
+    names = sorted({k for r in rows for k in r} - {"step", "images_per_s", "lr", "warning"})
     groups = {"losses": "loss", "k-NN top-1 (%)": "knn raw", "collapse: std, cosine": "std cos", "effective rank": "rank", "task conflict": "conflict"}
     panels = {title: [n for n in names if n.startswith(tuple(starts.split()))] for title, starts in groups.items()}
     panels = {"learning rate": ["lr"], **panels, "other": [n for n in names if not any(n in p for p in panels.values())]}

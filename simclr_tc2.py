@@ -24,7 +24,7 @@ factors that all tasks share, so that the semantics of one task do not disturb a
 Controls: `--baseline --views 4` SimCLR at equal views | `--inner-lr 0` no inner loop | `--calibrate none` plain first-order MAML |
 `--baseline --tasks 2` the paper's SimCLR+T: K tasks, neither calibration nor inner loop | `--literal` the paper's words.
 
-Result: results/README.md. At CPU scale TC2 trains, does not collapse, and does not beat SimCLR at equal compute; not run at ImageNet scale.
+Result (results/README.md): at CPU scale TC2 trains, does not collapse, does not beat SimCLR at equal compute; not run at ImageNet scale.
 Deviations from the paper (evidence in README.md; --literal undoes the first four): (1) V is orthonormal by QR, not by penalty alone; (2) f_w
 has a skip path z V; (3) z has norm sqrt(d): at unit norm Eq. 2 makes W = 0; (4) the query error is that of the implicit N-way
 classification: the squared distance of views collapses; (5) Eq. 7 is first order by default; (6) Eqs. 1-2 are means over samples.
@@ -38,13 +38,13 @@ from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_s
                     gather_batch, graceful_stop, load_data, lr_scale, make_backbone, monitor, number, open_run, resolve,
                     save_run, set_lr, setup_distributed, training_views, world_size)
 
-SCRIPT = "simclr_tc2"
-TC2_LR = 3e-3                                           # alpha_1 .. alpha_4; the paper states none
+SCRIPT, TC2_LR = "simclr_tc2", 3e-3                     # alpha_1 .. alpha_4; the paper states none
 WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.1, blur_p=0.0,
             solarize_p=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 STRONG = dict(WEAK, crop=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), gray_p=0.2, blur_p=0.5, mean=(0.485, 0.456, 0.406),
               std=(0.229, 0.224, 0.225))
-AUGMENTATION = {"shapes": WEAK, "small": WEAK, "imagenet": STRONG}                  # TC2 Appendix IV
+AUGMENTATION = {"shapes": [WEAK], "small": [WEAK], "imagenet": [STRONG]}            # TC2 Appendix IV; the same for all views
+LIMITS = {"inner_step": (0.1, "the inner step is long beside the weights, it harms above 0.02: lower --inner-lr")}
 RECIPES = {     # small: the protocol the paper cites (Ermolov et al. 2021), with a cosine; imagenet: the paper states no optimiser
     "shapes": dict(arch="resnet_tiny", epochs=5, batch_size=64, lr=3e-3, weight_decay=1e-6, warmup_epochs=1.0, eval_every=1,
                    temperature=0.2, dim=64),
@@ -72,6 +72,7 @@ def parse_args(argv=None):
 
 
 def check_args(args, data, world):
+    """The number of images in one step; settings that do not go together end in `fail`."""
     args.views, args.tasks = args.views or (2 if args.baseline else 4), args.tasks or (1 if args.baseline else 4)
     args.factors, args.query_loss = args.factors or args.dim, args.query_loss or ("sse" if args.literal else "brier")
     if args.batch_size % world or args.batch_size % args.tasks or args.batch_size < 2 * args.tasks:
@@ -84,6 +85,7 @@ def check_args(args, data, world):
         fail(f"--views {args.views}: TC2 needs at least 4, two for support and two for query")
     if args.compile and args.second_order and not args.baseline:
         fail("--second-order: cannot go with --compile, whose backward pass cannot be differentiated")
+    return args.batch_size
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
@@ -118,8 +120,7 @@ def info_nce(z, temperature):
     z = F.normalize(z, dim=-1).flatten(0, 1)                                                # (mN, d)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)                         # (mN, mN), a row is not its own negative
     log_p = similarity.log_softmax(1).view(m, N, m, N).diagonal(dim1=1, dim2=3)             # (m, m, N), pairs of views of one image
-    other = ~torch.eye(m, dtype=torch.bool, device=z.device)
-    return -torch.where(other[..., None], log_p, 0).sum() / (m * (m - 1) * N)
+    return -log_p.masked_fill(torch.eye(m, dtype=torch.bool, device=z.device)[..., None], 0).sum() / (m * (m - 1) * N)
 
 
 # -- shared: tc2 --
@@ -235,8 +236,7 @@ def update_encoder(params, support_loss, query_loss, tasks, inner_lr, second_ord
 def gradient_conflict(task_gradients):
     """(mean cosine, fraction of negative cosines) over the pairs of rows of task_gradients (K, P). [TC2 Fig. 1b/c]"""
     unit = F.normalize(task_gradients, dim=1)
-    pairs = torch.triu_indices(len(unit), len(unit), 1, device=unit.device)
-    cosine = (unit @ unit.T)[pairs[0], pairs[1]]
+    cosine = (unit @ unit.T)[torch.triu_indices(len(unit), len(unit), 1, device=unit.device).unbind()]
     return cosine.mean(), (cosine < 0).to(cosine.dtype).mean()
 # -- end shared --
 
@@ -271,8 +271,8 @@ def simclr_step(nets, opts, views, args):
     return {"loss_ssl": loss.detach(), "std_z": embedding_std(z[0].detach())}
 
 
-def train_step(nets, opts, views, args):
-    """One iteration of Algorithm 1, optimiser steps included: views is a list of m tensors (n, 3, H, W) [TC2 Algorithm 1]"""
+def train_step(nets, opts, views, args, progress):
+    """One iteration of Algorithm 1, optimiser steps included: views is a list of m (n, 3, H, W); progress is not used. [TC2 Algorithm 1]"""
     if args.baseline:
         return simclr_step(nets, opts, views, args)
     encoder, m, m_support = nn.Sequential(nets["backbone"], nets["projector"]), len(views), len(views) // 2
@@ -316,8 +316,7 @@ def diagnose(nets, views, args):
     z_hat (calibrated), and the health of both. The groups are random, so their cosine also falls when they are small."""
     encoder, m, K = nn.Sequential(nets["backbone"], nets["projector"]), len(views), args.tasks if args.tasks > 1 else 4
     with batch_stats_only(encoder):
-        with torch.no_grad():
-            Z = embed(encoder, torch.cat(views), args)
+        Z = embed(encoder, torch.cat(views), args).detach()
         found, spaces = {"rank_z": effective_rank(Z)}, {"raw": lambda z: z}
         if not args.baseline and args.calibrate != "none":
             V = nets["factor_net"](batch_summary(Z)).detach()
@@ -341,34 +340,35 @@ def main(argv=None):
     # -- shared: main --
     rank, world, device = setup_distributed()
     data = load_data(args.data, args.image_size, args.workers)
-    augmentation = AUGMENTATION[resolve(args, RECIPES, data, SCRIPT)]
-    check_args(args, data, world)
+    recipe = resolve(args, RECIPES, data, SCRIPT)
+    per_step = check_args(args, data, world)                                                # images
+    augmented = (AUGMENTATION[recipe] * args.views)[:args.views]
     torch.manual_seed(args.seed)                                                            # the same initial weights on every process
     nets = build_nets(args)[0].to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
-    opts, augmented = build_opts(nets, args), [augmentation] * args.views
-    per_epoch = len(data.train) // args.batch_size                                          # an incomplete last batch is left out
+    opts = build_opts(nets, args)
+    per_epoch = len(data.train) // per_step                                                 # an incomplete last batch is left out
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
     start = open_run(args, nets, opts, rank, images=len(data.train), device=str(device), processes=world, steps_per_epoch=per_epoch)
-    log = Log(args, rank, world, start, stop)
-    evaluate = lambda backbone: monitor(backbone, data, args, augmentation, device) if rank == 0 else {}
+    log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
+    evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
     if data.train_labels is None:
         log.show(f"{args.data} has no labels: the k-NN monitor is off")
     elif start == 0:                                                                        # what the run has to beat
         raw = evaluate(None) if torch.is_tensor(data.train) else {}
         log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
     with graceful_stop() as asked_to_stop:
-        batches = training_views(data, augmented, args.image_size, args.batch_size, args.seed, rank, world, device, args.workers, start, stop)
+        batches = training_views(data, augmented, args.image_size, per_step, args.seed, rank, world, device, args.workers, start, stop)
         for step, views in enumerate(batches, start + 1):                                   # step = steps done after this one
             set_lr(opts, lr_scale(step - 1, total, args.warmup_epochs * per_epoch))
-            log.add(step, train_step(nets, opts, views, args))
+            log.add(step, train_step(nets, opts, views, args, (step - 1) / total))
             signum, epoch_end = asked_to_stop(), step % per_epoch == 0 or step == stop
             if step % args.log_every == 0 or epoch_end or signum:
                 log.write(opts["encoder"].param_groups[0]["lr"])
             if step == stop or epoch_end and step // per_epoch % args.eval_every == 0:
                 log.event(step=step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
             if rank == 0 and (epoch_end or signum):
-                save_run(args, step, nets, opts, augmentation)
+                save_run(args, step, nets, opts, augmented[0])
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on from there")
                 raise SystemExit(128 + signum)

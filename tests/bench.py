@@ -1,4 +1,4 @@
-"""Benchmarks, never timed tests: python tests/bench.py [augment] [decode] [step]
+"""Benchmarks, never timed tests: python tests/bench.py [augment] [decode] [step] [hypergrad]
 
 Every figure is a ratio of two things measured alternately in this run, so that a busy machine disturbs both alike: median over rounds,
 with the spread. augment and decode use one thread: images per second and core.
@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import byol_gessl
 import common
 import simclr_tc2
 
@@ -69,45 +70,114 @@ def decode(rounds):
     folder.cleanup()
 
 
+def prepared(script, extra):
+    """(args, nets, opts, views) of one step of a script at its `shapes` defaults, on random images."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args, data = script.parse_args(extra), common.load_data("shapes")
+    common.resolve(args, script.RECIPES, data, "x")
+    per_step = script.check_args(args, data, 1)
+    torch.manual_seed(0)
+    nets = script.build_nets(args)[0].to(device)
+    return args, nets, script.build_opts(nets, args), [torch.randn(per_step, 3, args.image_size, args.image_size, device=device) for _ in range(args.views)]
+
+
 def step(rounds, argv):
     """Time of train_step over the time of its own forward and backward passes, on ready-made tensors."""
     torch.set_num_threads(2)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for extra in (["--baseline"], ["--baseline", "--views", "4"], [], ["--inner-lr", "0"], ["--second-order"]):
-        args, data = simclr_tc2.parse_args([*argv, *extra]), common.load_data("shapes")
-        common.resolve(args, simclr_tc2.RECIPES, data, "x")
-        simclr_tc2.check_args(args, data, 1)
-        nets = simclr_tc2.build_nets(args)[0].to(device)
-        opts, encoder = simclr_tc2.build_opts(nets, args), torch.nn.Sequential(nets["backbone"], nets["projector"])
-        views = [torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device) for _ in range(args.views)]
-        m_support, tasks = args.views // 2, [torch.cat(parts) for parts in zip(*(v.chunk(args.tasks) for v in views))]
-        params, V, S = list(encoder.parameters()), torch.eye(args.dim, device=device), torch.randn(args.dim + 1, args.dim, device=device)
-        ssl = lambda z: simclr_tc2.info_nce(z, args.temperature)
-        error = lambda z: simclr_tc2.query_sse(z[m_support:], simclr_tc2.prototypes(z[:m_support]), args.temperature)
-        embed = lambda x, v: simclr_tc2.embed(encoder, x, args).unflatten(0, (v, -1))
-        def passes():
-            if args.baseline:
-                return torch.autograd.grad(ssl(embed(torch.cat(views), args.views)), params)
+    for script, own_passes, flags in ((simclr_tc2, tc2_passes, ("--baseline", "--baseline --views 4", "", "--inner-lr 0", "--second-order")),
+                                      (byol_gessl, gessl_passes, ("--baseline", "", "--hypergrad first-order", "--hypergrad exact", "--lookahead"))):
+        for extra in flags:
+            args, nets, opts, views = prepared(script, [*argv, *extra.split()])
+            whole, own, ratio, spread = alternate(lambda: script.train_step(nets, opts, views, args, 0), own_passes(args, nets, views), rounds)
+            print(f"step {script.SCRIPT} {extra or 'default':<24} {1e3 * whole:8.1f} ms   own passes {1e3 * own:8.1f} ms   {ratio:5.2f}x ({spread[0]:.2f} to {spread[1]:.2f})")
+
+
+def tc2_passes(args, nets, views):
+    encoder, device = torch.nn.Sequential(nets["backbone"], nets["projector"]), views[0].device
+    m_support, tasks = args.views // 2, [torch.cat(parts) for parts in zip(*(v.chunk(args.tasks) for v in views))]
+    params, V, S = list(encoder.parameters()), torch.eye(args.dim, device=device), torch.randn(args.dim + 1, args.dim, device=device)
+    ssl = lambda z: simclr_tc2.info_nce(z, args.temperature)
+    error = lambda z: simclr_tc2.query_sse(z[m_support:], simclr_tc2.prototypes(z[:m_support]), args.temperature)
+    embed = lambda x, v: simclr_tc2.embed(encoder, x, args).unflatten(0, (v, -1))
+    def passes():
+        if args.baseline:
+            return torch.autograd.grad(ssl(embed(torch.cat(views), args.views)), params)
+        with torch.no_grad():
+            Z = embed(torch.cat(tasks), args.views)
+        for rows, loss in ((Z[:m_support], ssl), (Z, error)):                           # stage 1: f_v and f_w, on support, then on query
+            V_now = nets["factor_net"](S)
+            W = nets["weight_net"](rows, V_now)
+            (sum(map(loss, (W @ V_now.T).chunk(args.tasks, 1))) + simclr_tc2.tc2_loss(Z, rows, W, V_now, args.lambda_s)).backward()
+        for task in tasks:                                                              # stage 2
+            grads = [torch.zeros(())]
+            for rows, v, loss in ((task[:len(task) // 2], m_support, ssl), (task, args.views, error))[not args.inner_lr:]:
+                value = loss(simclr_tc2.calibrate(embed(rows, v), V, nets["weight_net"]))
+                grads = torch.autograd.grad(value + sum(g.sum() for g in grads) * args.second_order, params, create_graph=args.second_order and loss is ssl)
+    return passes
+
+
+def gessl_passes(args, nets, views):
+    """Per task: K + lambda inner gradients, one of the KL, two per finite difference, and two passes without gradient (target, z')."""
+    online = torch.nn.Sequential(nets["backbone"], nets["projector"], nets["predictor"])
+    params = list(online.parameters())
+    def passes():
+        for x in map(torch.cat, zip(*(v.chunk(1 if args.baseline else args.tasks) for v in views))):
             with torch.no_grad():
-                Z = embed(torch.cat(tasks), args.views)
-            for rows, loss in ((Z[:m_support], ssl), (Z, error)):                           # stage 1: f_v and f_w, on support, then on query
-                V_now = nets["factor_net"](S)
-                W = nets["weight_net"](rows, V_now)
-                (sum(map(loss, (W @ V_now.T).chunk(args.tasks, 1))) + simclr_tc2.tc2_loss(Z, rows, W, V_now, args.lambda_s)).backward()
-            for task in tasks:                                                              # stage 2
-                grads = [torch.zeros(())]
-                for rows, v, loss in ((task[:len(task) // 2], m_support, ssl), (task, args.views, error))[not args.inner_lr:]:
-                    value = loss(simclr_tc2.calibrate(embed(rows, v), V, nets["weight_net"]))
-                    grads = torch.autograd.grad(value + sum(g.sum() for g in grads) * args.second_order, params, create_graph=args.second_order and loss is ssl)
-        whole, own, ratio, spread = alternate(lambda: simclr_tc2.train_step(nets, opts, views, args), passes, rounds)
-        print(f"step {' '.join(extra) or 'TC2 default':<24} {1e3 * whole:8.1f} ms   own passes {1e3 * own:8.1f} ms   {ratio:5.2f}x ({spread[0]:.2f} to {spread[1]:.2f})")
+                z_target = nets["target"](x)
+                0 if args.baseline else online(x)
+            ssl = lambda: byol_gessl.byol_loss(online(x), z_target)
+            K, exact = args.inner_steps, args.hypergrad == "exact" and not args.lookahead
+            for _ in range(1 if args.baseline else args.target_steps + 2 * K * (args.hypergrad == "fd" and not args.lookahead) + K * (not exact)):
+                torch.autograd.grad(ssl(), params)
+            for _ in range(K * exact * (not args.baseline)):
+                g = torch.autograd.grad(ssl(), params, create_graph=True)
+                torch.autograd.grad(sum(t.sum() for t in g), params, materialize_grads=True)
+            if not (args.baseline or args.lookahead):
+                logits = byol_gessl.class_logits(online(x), z_target, args.temperature)
+                torch.autograd.grad(byol_gessl.self_motivated_kl(logits.detach() + 0.1, logits), params)
+    return passes
+
+
+def peak_memory(function):
+    """Bytes above what was held before: of the GPU's allocator, or on a CPU summed over the profiler's list of allocations."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    held = peak = 0
+    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def hypergrad(rounds, argv):
+    """Time of one GeSSL task by hypergradient and K, in forward-backward passes of its mini-batch, and the memory it takes above the networks."""
+    torch.set_num_threads(2)
+    for K in (1, 3, 5):
+        exact = {}
+        for mode in ("exact", "first-order", "fd", "neumann", "cg"):
+            args, nets, opts, views = prepared(byol_gessl, [*argv, "--tasks", "1", "--hypergrad", mode, "--inner-steps", str(K)])
+            online = torch.nn.Sequential(nets["backbone"], nets["projector"], nets["predictor"])
+            x, params = torch.cat(views), list(online.parameters())
+            z_target = torch.randn(len(x), args.dim, device=x.device)
+            one_pass = lambda: torch.autograd.grad(byol_gessl.byol_loss(online(x), z_target), params)
+            run = lambda: byol_gessl.train_step(nets, opts, views, args, 0)
+            whole, single, ratio, _ = alternate(run, one_pass, rounds)
+            found = {"time": whole, "memory": peak_memory(run)}
+            exact = exact or found
+            print(f"hypergrad K={K} lambda={args.target_steps} {mode:<12} {1e3 * whole:8.1f} ms = {ratio:5.1f} passes   {found['memory'] / 2**20:7.1f} MiB   of exact: "
+                  f"time {found['time'] / exact['time']:.2f}, memory {found['memory'] / exact['memory']:.2f}; one pass {peak_memory(one_pass) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="*", choices=["augment", "decode", "step", []], metavar="augment|decode|step")
+    p.add_argument("what", nargs="*", choices=["augment", "decode", "step", "hypergrad", []], metavar="augment|decode|step|hypergrad")
     p.add_argument("--rounds", type=int, default=9)
     args, rest = p.parse_known_args()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")
-    for what in args.what or ("augment", "decode", "step"):
-        step(args.rounds, rest) if what == "step" else {"augment": augment, "decode": decode}[what](args.rounds)
+    for what in args.what or ("augment", "decode", "step", "hypergrad"):
+        {"step": step, "hypergrad": hypergrad}[what](args.rounds, rest) if what in ("step", "hypergrad") else {"augment": augment, "decode": decode}[what](args.rounds)

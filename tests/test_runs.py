@@ -1,4 +1,5 @@
 """What a run does as a program: its files, resume, processes, bad input, and the promises the README makes about the sources."""
+import copy
 import glob
 import inspect
 import json
@@ -19,12 +20,19 @@ from torch import nn
 from torchvision.io import write_jpeg, write_png
 
 import common
+import barlow_sparsehead
+import byol_gessl
 import eval_linear
 import simclr_tc2
 from conftest import ROOT
 
 SCRIPTS = [os.path.basename(f) for f in sorted(glob.glob(f"{ROOT}/*.py")) if os.path.basename(f) not in ("common.py", "eval_linear.py")]
-QUICK = ["--data", "fake", "--arch", "resnet_tiny", "--batch-size", "64", "--epochs", "2", "--warmup-epochs", "1", "--eval-every", "1", "--log-every", "3"]
+FAKE = ["--data", "fake", "--epochs", "2", "--warmup-epochs", "1", "--eval-every", "1", "--log-every", "3"]
+TINY = [*FAKE, "--arch", "resnet_tiny"]
+QUICK = [*TINY, "--batch-size", "64"]                       # of simclr_tc2
+ENHANCED = {simclr_tc2: QUICK, byol_gessl: [*TINY, "--batch-size", "16", "--tasks", "4", "--target-steps", "1"], barlow_sparsehead: QUICK}           # 8 steps of 64 images per epoch
+BASELINE = {simclr_tc2: [*QUICK, "--baseline"], byol_gessl: [*TINY, "--batch-size", "64", "--baseline"], barlow_sparsehead: [*QUICK, "--baseline"]}
+each_script = pytest.mark.parametrize("script", ENHANCED, ids=lambda m: m.__name__)
 
 
 @pytest.fixture(autouse=True)
@@ -66,22 +74,28 @@ def image_folder(path, splits=("train", "test"), classes="ab", n=8, size=(20, 24
 
 
 # ---- a run and its files --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("extra", [[], ["--baseline"], ["--second-order", "--calibrate", "mix", "--factors", "9"], ["--literal"],
-                                   ["--inner-lr", "0", "--calibrate", "none", "--query-loss", "nce"], ["--baseline", "--tasks", "2", "--views", "3"]])
-def test_run_leaves_log_checkpoint_backbone_and_picture(extra):
-    simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "3"] + extra)
+@pytest.mark.parametrize("script, extra", [(simclr_tc2, e.split()) for e in (
+    "", "--baseline", "--second-order --calibrate mix --factors 9", "--literal", "--inner-lr 0 --calibrate none --query-loss nce", "--baseline --tasks 2 --views 3")]
+    + [(byol_gessl, e.split()) for e in ("", "--baseline", "--hypergrad exact --outer-loss mse --inner-steps 2", "--hypergrad neumann --outer-loss ce",
+                                         "--hypergrad cg --outer-loss wasserstein --ssl-weight 0", "--lookahead")]
+    + [(barlow_sparsehead, e.split()) for e in ("", "--baseline", "--penalty prox --head linear --dim 32", "--penalty plain")])
+def test_run_leaves_log_checkpoint_backbone_and_picture(script, extra):
+    script.main(ENHANCED[script] + ["--out", "r", "--max-steps", "3"] + extra)
     header, *events = rows("r")
-    assert header["settings"]["batch_size"] == 64 and header["images"] == 512 and header["parameters"]["projector"] == 64 * 64 + 64
+    assert header["settings"]["batch_size"] == int(ENHANCED[script][ENHANCED[script].index("--batch-size") + 1]) and header["images"] == 512
+    assert header["parameters"]["backbone"] == 77_392 and events[-1].keys() > {"step", "knn5"}
+    events = [e for e in events if "warning" not in e]
     assert [e["step"] for e in events] == [0, 3, 3] and all(abs(v) < 1e9 for e in events for v in e.values())
     assert {"knn5", "knn200_cosine", "rank_h"} <= events[0].keys() & events[-1].keys() and "raw_pixels_knn5" in events[0]
-    assert {"conflict_cos_raw", "conflict_negative_raw", "rank_z"} <= events[-1].keys()
+    assert {simclr_tc2: {"conflict_cos_raw", "conflict_negative_raw", "rank_z"}, byol_gessl: {"rank_z", "rank_p", "std_p"},
+            barlow_sparsehead: {"rank_r", "rank_z"}}[script] <= events[-1].keys()
     assert sorted(os.listdir("r")) == ["backbone.pt", "curves.png", "last.pt", "log.jsonl"]
     assert torchvision.io.read_image("r/curves.png").float().std() > 10
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_backbone_loads_strictly_into_torchvision(arch):
-    simclr_tc2.main(["--data", image_folder("d"), "--arch", arch, "--batch-size", "4", "--epochs", "1", "--max-steps", "1", "--baseline", "--out", "r"])
+@pytest.mark.parametrize("script, arch", [(simclr_tc2, "resnet18"), (simclr_tc2, "resnet50"), (byol_gessl, "resnet18"), (barlow_sparsehead, "resnet18")])
+def test_backbone_loads_strictly_into_torchvision(script, arch):
+    script.main(["--data", image_folder("d"), "--arch", arch, "--batch-size", "4", "--epochs", "1", "--max-steps", "1", "--baseline", "--out", "r"])
     saved = torch.load("r/backbone.pt", weights_only=True)
     net = getattr(torchvision.models, arch)()
     net.fc = nn.Identity()
@@ -99,36 +113,38 @@ def test_evaluation_reads_a_run_and_writes_a_table(capsys):
     assert all(f"{r['value']:.2f}" in table and 0 <= r["value"] <= 100 for r in found["results"])
 
 
-def test_baseline_starts_from_the_same_weights_and_sees_the_same_views():
+@each_script
+def test_baseline_starts_from_the_same_weights_and_sees_the_same_views(script):
     nets = []
-    for extra in ([], ["--baseline"]):
-        args = simclr_tc2.parse_args(QUICK + extra)
+    for argv in (ENHANCED[script], BASELINE[script]):
+        args = script.parse_args(argv)
         data = common.load_data("fake")
-        common.resolve(args, simclr_tc2.RECIPES, data, "x")
-        simclr_tc2.check_args(args, data, 1)
+        common.resolve(args, script.RECIPES, data, "x")
+        per_step = script.check_args(args, data, 1)
         torch.manual_seed(args.seed)
-        nets.append((simclr_tc2.build_nets(args)[0], next(common.training_views(
-            data, [simclr_tc2.WEAK] * args.views, 32, 64, 0, 0, 1, torch.device("cpu"), 0, 0, 9))))
-    (tc2, tc2_views), (base, base_views) = nets
-    assert all(torch.equal(p, tc2.state_dict()[k]) for k, p in base.state_dict().items()) and len(tc2) == len(base) + 2
-    assert len(tc2_views) == 4 and len(base_views) == 2 and all(map(torch.equal, base_views, tc2_views))
+        nets.append((script.build_nets(args)[0], next(common.training_views(
+            data, (script.AUGMENTATION["small"] * args.views)[:args.views], 32, per_step, 0, 0, 1, torch.device("cpu"), 0, 0, 9))))
+    (enhanced, views), (base, base_views) = nets
+    assert all(torch.equal(p, enhanced.state_dict()[k]) for k, p in base.state_dict().items())
+    assert len(base_views) <= len(views) and all(map(torch.equal, base_views, views)) and len(views[0]) == 64
 
 
 # ---- staying alive --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("extra", [[], ["--baseline"]])
-def test_sigterm_in_mid_epoch_then_resume_equals_uninterrupted(extra, monkeypatch):
-    simclr_tc2.main(QUICK + ["--out", "whole"] + extra)
-    step, calls = simclr_tc2.train_step, []
+@pytest.mark.parametrize("script, argv", [*ENHANCED.items(), *BASELINE.items()], ids=lambda x: getattr(x, "__name__", None) or ("baseline" if "--baseline" in x else "enhanced"))
+def test_sigterm_in_mid_epoch_then_resume_equals_uninterrupted(script, argv, monkeypatch):
+    argv = argv if script is simclr_tc2 else [*argv, "--epochs", "1", "--warmup-epochs", "0"]              # the loop is the same text
+    script.main(argv + ["--out", "whole"])
+    step, calls = script.train_step, []
     def interrupted(*a):
         calls.append(1)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*a)
-    monkeypatch.setattr(simclr_tc2, "train_step", interrupted)
+    monkeypatch.setattr(script, "train_step", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        simclr_tc2.main(QUICK + ["--out", "parts"] + extra)
+        script.main(argv + ["--out", "parts"])
     assert stopped.value.code == 128 + signal.SIGTERM and state("parts")["step"] == 5 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    simclr_tc2.main(QUICK + ["--out", "parts"] + extra)
+    script.main(argv + ["--out", "parts"])
     assert same(state("parts"), state("whole"))
     extra_row = [r for r in losses("parts") if r["step"] == 5]
     assert [r for r in losses("parts") if r not in extra_row] == losses("whole")
@@ -217,9 +233,9 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(capsys):
 
 def test_a_value_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(monkeypatch, capsys):
     step, calls = simclr_tc2.train_step, []
-    def poisoned(nets, opts, views, args):
+    def poisoned(nets, opts, views, *rest):
         calls.append(1)
-        return step(nets, opts, [v * (float("nan") if len(calls) == 11 else 1) for v in views], args)
+        return step(nets, opts, [v * (float("nan") if len(calls) == 11 else 1) for v in views], *rest)
     monkeypatch.setattr(simclr_tc2, "train_step", poisoned)
     with pytest.raises(SystemExit) as stopped:
         simclr_tc2.main(QUICK + ["--out", "r", "--baseline"])
@@ -229,44 +245,60 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
-def args_for(*extra):
-    args = simclr_tc2.parse_args([*extra])
-    args.dim, args.temperature, args.arch, args.image_size, args.batch_size, args.bf16 = 6, 0.3, "resnet_tiny", 8, 16, False
-    simclr_tc2.check_args(args, types.SimpleNamespace(train=range(99)), 1)
+def args_for(script, extra):
+    args = script.parse_args([*extra])
+    args.dim, args.hidden, args.temperature, args.arch, args.image_size, args.bf16, args.views = 6, 7, 0.3, "resnet_tiny", 8, False, getattr(args, "views", 2)
+    args.lr, args.batch_size, args.weight_decay = 0.1, 4 if script is byol_gessl and not args.baseline else 16, 0
+    if script is byol_gessl:
+        args.tasks = 4
+    for key, value in script.RECIPES["shapes"].items():
+        if getattr(args, key, None) is None and key in ("tasks", "target_steps", "ema_decay", "inner_lr", "lambda_offdiag"):
+            setattr(args, key, value)
+    assert script.check_args(args, types.SimpleNamespace(train=range(99)), 1) == 16
     return args
 
 
-def smooth_nets(args):
-    """float64 and without BatchNorm, whose statistics are those of one process."""
+def without_batch_norm(net):
+    """Its statistics are those of one process."""
+    for name, child in net.named_children():
+        setattr(net, name, nn.Identity() if isinstance(child, nn.modules.batchnorm._BatchNorm) else nn.Softplus() if isinstance(child, nn.ReLU) else without_batch_norm(child))
+    return net
+
+
+def smooth_nets(script, args):
     torch.manual_seed(3)
-    nets = simclr_tc2.build_nets(args)[0]
+    nets = script.build_nets(args)[0]
     nets["backbone"] = nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.Softplus(), nn.Flatten(), nn.Linear(45, 64), nn.Tanh())
+    without_batch_norm(nets)
+    if "target" in nets:
+        nets["target"] = copy.deepcopy(nn.Sequential(nets["backbone"], nets["projector"])).requires_grad_(False)
     return nets.double()
 
 
-def stepped(args, rank, world):
-    nets = smooth_nets(args)
-    opts = {"encoder": torch.optim.SGD([*nets["backbone"].parameters(), *nets["projector"].parameters()], 0.1)}
-    if not args.baseline:
-        opts["factors"] = torch.optim.SGD([*nets["factor_net"].parameters(), *nets["weight_net"].parameters()], 1e-4)
+def stepped(script, args, rank, world):
+    nets = smooth_nets(script, args)
+    opts = {name: torch.optim.SGD([p for group in opt.param_groups for p in group["params"]], 0.1 if name == "encoder" else 1e-4)
+            for name, opt in script.build_opts(nets, args).items()}
     share = slice(16 // world * rank, 16 // world * (rank + 1))
     for step in range(3):
         views = [torch.randn(16, 3, 8, 8, generator=common.rng(step, v)).double()[share] for v in range(args.views)]
-        terms = simclr_tc2.train_step(nets, opts, views, args)
-    loss = terms["loss_ssl" if args.baseline else "loss_query"]
+        terms = script.train_step(nets, opts, views, args, step / 3)
+    loss = terms.get("loss_query", terms["loss_ssl"] if "loss_ssl" in terms else None)
     if world > 1:
         torch.distributed.all_reduce(loss)
     return {"loss": loss / world, **nets.state_dict(), **{f"grad.{k}": p.grad for k, p in nets.named_parameters() if p.grad is not None}}
 
 
-CASES = [["--baseline"], ["--baseline", "--tasks", "4", "--views", "3"], [], ["--second-order", "--calibrate", "mix"], ["--tasks", "2", "--factors", "3"],
-         ["--calibrate", "none", "--query-loss", "nce"], ["--literal"]]
+CASES = [(simclr_tc2, e.split()) for e in ("--baseline", "--baseline --tasks 4 --views 3", "", "--second-order --calibrate mix", "--tasks 2 --factors 3",
+                                           "--calibrate none --query-loss nce", "--literal")]
+CASES += [(byol_gessl, e.split()) for e in ("--baseline", "", "--hypergrad exact --inner-steps 2 --ssl-weight 0", "--hypergrad first-order", "--lookahead")]
+CASES += [(barlow_sparsehead, e.split()) for e in ("--baseline", "", "--penalty prox", "--penalty plain --head linear --lambda-sparse 0.1")]
 
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    found = [stepped(args_for(*extra), rank, world) for extra in CASES]
+    found = [stepped(script, args_for(script, extra), rank, world) for script, extra in CASES]
     views = {name: list(common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, rank, world, torch.device("cpu"), 0, 25, 27))
              for name in ("fake",)}
     torch.save((found, views["fake"]), f"{folder}/{rank}")
@@ -275,11 +307,11 @@ def worker(rank, world, folder):
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
     mp.spawn(worker, (2, str(tmp_path)), nprocs=2)
     (first, views0), (second, views1) = (torch.load(tmp_path / str(r)) for r in (0, 1))
-    for extra, a, b in zip(CASES, first, second):
-        one = stepped(args_for(*extra), 0, 1)
+    for (script, extra), a, b in zip(CASES, first, second):
+        one = stepped(script, args_for(script, extra), 0, 1)
         for k, v in one.items():
-            torch.testing.assert_close(a[k], v, rtol=1e-9, atol=1e-11, msg=lambda m: f"{extra} {k}: {m}")
-            assert torch.equal(a[k], b[k]), f"{extra}: processes drift apart in {k}"
+            torch.testing.assert_close(a[k], v, rtol=1e-9, atol=1e-11, msg=lambda m: f"{script.__name__} {extra} {k}: {m}")
+            assert torch.equal(a[k], b[k]), f"{script.__name__} {extra}: processes drift apart in {k}"
     whole = common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, 0, 1, torch.device("cpu"), 0, 25, 27)
     for step, views in enumerate(whole):
         for v, view in enumerate(views):
@@ -418,12 +450,24 @@ def bad_folders(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("argv, flag, value", BAD, ids=lambda x: "_".join(x) if isinstance(x, list) else "")
-def test_bad_input_gives_one_sentence_status_2_and_writes_nothing(argv, flag, value, bad_folders, monkeypatch, capsys):
+BAD_OF = [(simclr_tc2, *case) for case in BAD] + [
+    (byol_gessl, flags.split(), flag, value) for flags, flag, value in (
+        ("--tasks 0", "--tasks", "'0'"), ("--inner-steps 0", "--inner-steps", "'0'"), ("--batch-size 32 --tasks 200", "--batch-size", "6400"), ("--target-steps -1", "--target-steps", "'-1'"),
+        ("--inner-lr 0", "--inner-lr", "'0'"), ("--hypergrad full", "--hypergrad", "'full'"), ("--outer-loss l1", "--outer-loss", "'l1'"), ("--ssl-weight -1", "--ssl-weight", "'-1'"),
+        ("--ema-decay 1.1", "--ema-decay", "'1.1'"), ("--baseline --batch-size 9000", "--batch-size", "9000"), ("--hypergrad exact --compile", "--hypergrad", "--compile"),
+        ("--data missing", "--data", "missing"), ("--arch vit", "--arch", "'vit'"), ("--views 2", "--views", "2"))] + [
+    (barlow_sparsehead, flags.split(), flag, value) for flags, flag, value in (
+        ("--penalty l1", "--penalty", "'l1'"), ("--head conv", "--head", "'conv'"), ("--lambda-sparse -1", "--lambda-sparse", "'-1'"), ("--dim 1", "--dim", "'1'"),
+        ("--hidden 0", "--hidden", "'0'"), ("--lambda-offdiag x", "--lambda-offdiag", "'x'"), ("--baseline --lambda-sparse 1", "--lambda-sparse", "1.0"),
+        ("--batch-size 9000", "--batch-size", "9000"), ("--data missing", "--data", "missing"))]
+
+
+@pytest.mark.parametrize("script, argv, flag, value", BAD_OF, ids=lambda x: "_".join(x) if isinstance(x, list) else getattr(x, "__name__", ""))
+def test_bad_input_gives_one_sentence_status_2_and_writes_nothing(script, argv, flag, value, bad_folders, monkeypatch, capsys):
     monkeypatch.chdir(bad_folders)
     before = sorted(glob.glob("**", recursive=True))
     with pytest.raises(SystemExit) as stopped:
-        simclr_tc2.main(argv)
+        script.main(argv)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1 and flag in err and value in err and "Traceback" not in err
     assert sorted(glob.glob("**", recursive=True)) == before
@@ -473,7 +517,7 @@ def test_import_has_no_side_effect(script, capfd):
 
 
 def equation_table():
-    return re.findall(r"^\| \[((?:SimCLR|TC2) [^\]]+)\] \| `(\w+)` \| \[(\w+\.py):(\d+)\]\(\3#L\4\)", source("README.md"), re.M)
+    return re.findall(r"^\| \[((?:SimCLR|TC2|BYOL|GeSSL|Barlow Twins|SparseHead|MAE) [^\]]+)\] \| `(\w+)` \| \[(\w+\.py):(\d+)\]\(\3#L\4\)", source("README.md"), re.M)
 
 
 def test_readme_table_points_at_the_tagged_definition():
@@ -489,7 +533,7 @@ def test_every_tagged_definition_stands_in_the_readme_table():
     for script in SCRIPTS:
         module, named = __import__(script[:-3]), {(name, s) for _, name, s, _ in equation_table()}
         for name, member in vars(module).items():
-            if inspect.isfunction(member) and member.__module__ == module.__name__ and re.search(r"\[TC2 (Eq|Alg|Fig)", inspect.getsource(member)):
+            if inspect.isfunction(member) and member.__module__ == module.__name__ and re.search(r"\[(TC2|BYOL|GeSSL|Barlow Twins|SparseHead|MAE) (Eq|Alg|Fig)", inspect.getsource(member)):
                 assert (name, script) in named, f"{script}: {name}"
 
 

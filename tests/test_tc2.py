@@ -378,7 +378,7 @@ def run(nets, encoder_lr=1.0, factor_lr=0.0, batches=(0,), **kw):
     for name, opt in opts.items():
         opt.register_step_post_hook(lambda *_, name=name: order.append(name))
     for batch in batches:
-        terms = train_step(nets, opts, list(images(batch)), args)
+        terms = train_step(nets, opts, list(images(batch)), args, 0)
     return before - flat(encoder(nets).parameters()), order, terms
 
 

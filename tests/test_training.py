@@ -1,9 +1,10 @@
-"""What only training shows: the paper's words collapse where the defaults do not, TC2 carries another base loss, the probe measures."""
+"""What only training shows: the paper's words collapse where the defaults do not, TC2 and GeSSL carry other base losses, the probe measures."""
 import types
 
 import torch
 from torch import nn
 
+import byol_gessl
 import common
 import eval_linear
 import simclr_tc2
@@ -26,7 +27,7 @@ def train(steps, *flags):
     opts = simclr_tc2.build_opts(nets, args)
     views = common.training_views(data, [simclr_tc2.WEAK] * args.views, 32, args.batch_size, 0, 0, 1, torch.device("cpu"), 0, 0, steps)
     for batch in views:
-        terms = simclr_tc2.train_step(nets, opts, batch, args)
+        terms = simclr_tc2.train_step(nets, opts, batch, args, 0)
     return {k: v.item() for k, v in terms.items()}
 
 
@@ -36,12 +37,37 @@ def test_the_papers_words_collapse_where_the_defaults_do_not():
     assert default["std_z"] > 0.7 and default["loss_support"] < 2.9 and default["loss_query"] < 0.85
 
 
+def barlow(z, k=0):
+    """Barlow Twins' loss of the first two views of z (m, n, d)."""
+    a, b = (v.sub(v.mean(0)).div(v.std(0) + 1e-5) for v in z[:2])
+    c = a.T @ b / len(a)
+    return (c.diagonal() - 1).square().sum() + 0.05 * (c - torch.diag(c.diagonal())).square().sum()
+
+
+def test_gessl_carries_other_base_losses():
+    """The KL alone, without the SSL gradient, lowers the SSL loss from random weights: SimCLR's with the views as anchors of each other, and Barlow Twins'."""
+    ssl_losses = {"simclr": lambda z: simclr_tc2.info_nce(z.unflatten(0, (2, -1)), 0.5), "barlow": lambda z: barlow(z.unflatten(0, (2, -1)))}
+    for name, ssl_loss in ssl_losses.items():
+        torch.manual_seed(0)
+        net, n, losses = nn.Sequential(small_encoder(), nn.Linear(64, 16)), 32, []
+        names, theta = zip(*net.named_parameters())
+        opt, alpha = torch.optim.Adam(theta, 2e-3), 0.05 if name == "simclr" else 0.002
+        def forward(params):
+            with common.batch_stats_only(net):
+                return torch.func.functional_call(net, dict(zip(names, params)), (x,))
+        for a, b in common.training_views(common.load_data("shapes"), [simclr_tc2.WEAK] * 2, 32, n, 0, 0, 1, torch.device("cpu"), 0, 0, 60):
+            x = torch.cat([a, b])
+            gradient, _, terms = byol_gessl.gessl_task(forward, ssl_loss, lambda z: byol_gessl.class_logits(z, z, 0.5), list(theta), 1, 3, alpha, "fd")
+            for p, g in zip(theta, gradient):
+                p.grad = g
+            opt.step()
+            losses.append(terms["loss_ssl"].item())
+        first, last = sum(losses[:5]) / 5, sum(losses[-10:]) / 10
+        assert last < (first - 0.3 if name == "simclr" else 0.9 * first), (name, first, last)
+
+
 def test_tc2_carries_another_base_loss():
     """Barlow Twins' cross-correlation in place of InfoNCE: the block between the fences knows neither SimCLR nor the flags."""
-    def barlow(z, k=0):
-        a, b = (v.sub(v.mean(0)).div(v.std(0) + 1e-5) for v in z[:2])
-        c = a.T @ b / len(a)
-        return (c.diagonal() - 1).square().sum() + 0.05 * (c - torch.diag(c.diagonal())).square().sum()
     torch.manual_seed(0)
     encoder, factor_net, weight_net = nn.Sequential(small_encoder(), nn.Linear(64, 16)), simclr_tc2.FactorNet(16, 8), simclr_tc2.WeightNet(16, 8)
     opt, factor_opt = torch.optim.Adam(encoder.parameters(), 2e-3), torch.optim.Adam([*factor_net.parameters(), *weight_net.parameters()], 3e-3)
