@@ -42,9 +42,9 @@ WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0
             solarize_p=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 STRONG = dict(crop=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=1.0,
               solarize_p=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-AUGMENTATION = {"shapes": [WEAK], "small": [WEAK], "imagenet": [STRONG, dict(STRONG, blur_p=0.1, solarize_p=0.2)]}      # Barlow Twins Section 2.2
+AUGMENTATION = {"shapes": [dict(WEAK, gray_p=0.3)], "small": [WEAK], "imagenet": [STRONG, dict(STRONG, blur_p=0.1, solarize_p=0.2)]}      # Barlow Twins Section 2.2
 RECIPES = {     # small: SparseHead's Section 7; imagenet: Barlow Twins' widths, with Adam in place of LARS
-    "shapes": dict(arch="resnet_tiny", epochs=8, batch_size=128, lr=3e-3, weight_decay=1e-6, warmup_epochs=1.0, eval_every=2,
+    "shapes": dict(arch="resnet_tiny", epochs=10, batch_size=64, lr=3e-3, weight_decay=1e-6, warmup_epochs=0.5, eval_every=2,
                    views=2, lambda_offdiag=5e-3, hidden=256, dim=128),
     "small": dict(arch="resnet18", epochs=1000, batch_size=256, lr=3e-3, weight_decay=1e-6, warmup_epochs=10.0, eval_every=20,
                   views=2, lambda_offdiag=5e-3, hidden=2048, dim=512),

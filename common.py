@@ -720,7 +720,8 @@ def plot_curves(out):
     import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in open(f"{out}/log.jsonl")][1:]
     names = sorted({k for r in rows for k in r} - {"step", "images_per_s", "lr", "warning"})
-    groups = {"losses": "loss", "k-NN top-1 (%)": "knn raw", "collapse: std, cosine": "std cos", "effective rank": "rank", "task conflict": "conflict"}
+    groups = {"losses": "loss", "k-NN top-1 (%)": "knn raw", "collapse: std, cosine": "std cos_z", "effective rank": "rank", "task conflict": "conflict",
+              "head: columns, norms": "live_columns zero_columns l21 frobenius"}
     panels = {title: [n for n in names if n.startswith(tuple(starts.split()))] for title, starts in groups.items()}
     panels = {"learning rate": ["lr"], **panels, "other": [n for n in names if not any(n in p for p in panels.values())]}
     panels = {title: keys for title, keys in panels.items() if keys}
@@ -732,7 +733,7 @@ def plot_curves(out):
                 axis.axhline(points[0][1], linestyle="--", color="gray" if "cosine" in key else "black", label=key)
             else:
                 axis.plot(*zip(*points), ".-" if len(points) < 60 else "-", label=key)
-        if title in ("losses", "other"):                        # from 1e-3 to 100 in one panel, zero included
+        if title in ("losses", "other", "head: columns, norms"):                        # from 1e-3 to 100 in one panel, zero included
             axis.set_yscale("symlog", linthresh=0.1 if title == "losses" else 1e-3)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)

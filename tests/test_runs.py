@@ -23,6 +23,7 @@ import common
 import barlow_sparsehead
 import byol_gessl
 import eval_linear
+import mae_tc2
 import simclr_tc2
 from conftest import ROOT
 
@@ -30,8 +31,10 @@ SCRIPTS = [os.path.basename(f) for f in sorted(glob.glob(f"{ROOT}/*.py")) if os.
 FAKE = ["--data", "fake", "--epochs", "2", "--warmup-epochs", "1", "--eval-every", "1", "--log-every", "3"]
 TINY = [*FAKE, "--arch", "resnet_tiny"]
 QUICK = [*TINY, "--batch-size", "64"]                       # of simclr_tc2
-ENHANCED = {simclr_tc2: QUICK, byol_gessl: [*TINY, "--batch-size", "16", "--tasks", "4", "--target-steps", "1"], barlow_sparsehead: QUICK}           # 8 steps of 64 images per epoch
-BASELINE = {simclr_tc2: [*QUICK, "--baseline"], byol_gessl: [*TINY, "--batch-size", "64", "--baseline"], barlow_sparsehead: [*QUICK, "--baseline"]}
+ENHANCED = {simclr_tc2: QUICK, byol_gessl: [*TINY, "--batch-size", "16", "--tasks", "4", "--target-steps", "1"], barlow_sparsehead: QUICK,
+            mae_tc2: [*FAKE, "--arch", "vit_micro", "--batch-size", "64", "--tasks", "2"]}                              # 8 steps of 64 images per epoch
+BASELINE = {simclr_tc2: [*QUICK, "--baseline"], byol_gessl: [*TINY, "--batch-size", "64", "--baseline"], barlow_sparsehead: [*QUICK, "--baseline"],
+            mae_tc2: [*FAKE, "--arch", "vit_micro", "--batch-size", "64", "--baseline"]}
 each_script = pytest.mark.parametrize("script", ENHANCED, ids=lambda m: m.__name__)
 
 
@@ -78,18 +81,19 @@ def image_folder(path, splits=("train", "test"), classes="ab", n=8, size=(20, 24
     "", "--baseline", "--second-order --calibrate mix --factors 9", "--literal", "--inner-lr 0 --calibrate none --query-loss nce", "--baseline --tasks 2 --views 3")]
     + [(byol_gessl, e.split()) for e in ("", "--baseline", "--hypergrad exact --outer-loss mse --inner-steps 2", "--hypergrad neumann --outer-loss ce",
                                          "--hypergrad cg --outer-loss wasserstein --ssl-weight 0", "--lookahead")]
-    + [(barlow_sparsehead, e.split()) for e in ("", "--baseline", "--penalty prox --head linear --dim 32", "--penalty plain")])
+    + [(barlow_sparsehead, e.split()) for e in ("", "--baseline", "--penalty prox --head linear --dim 32", "--penalty plain")]
+    + [(mae_tc2, e.split()) for e in ("--masks 2", "--baseline", "--second-order --calibrate mix --factors 9 --masks 3 --mask-ratio 0.5")])
 def test_run_leaves_log_checkpoint_backbone_and_picture(script, extra):
     script.main(ENHANCED[script] + ["--out", "r", "--max-steps", "3"] + extra)
     header, *events = rows("r")
     assert header["settings"]["batch_size"] == int(ENHANCED[script][ENHANCED[script].index("--batch-size") + 1]) and header["images"] == 512
-    assert header["parameters"]["backbone"] == 77_392 and events[-1].keys() > {"step", "knn5"}
+    assert header["parameters"]["backbone"] == (452_352 if script is mae_tc2 else 77_392) and events[-1].keys() > {"step", "knn5"}
     events = [e for e in events if "warning" not in e]
     assert [e["step"] for e in events] == [0, 3, 3] and all(abs(v) < 1e9 for e in events for v in e.values())
     assert {"knn5", "knn200_cosine", "rank_h"} <= events[0].keys() & events[-1].keys() and "raw_pixels_knn5" in events[0]
     assert {simclr_tc2: {"conflict_cos_raw", "conflict_negative_raw", "rank_z"}, byol_gessl: {"rank_z", "rank_p", "std_p"},
-            barlow_sparsehead: {"rank_r", "rank_z"}}[script] <= events[-1].keys()
-    assert sorted(os.listdir("r")) == ["backbone.pt", "curves.png", "last.pt", "log.jsonl"]
+            barlow_sparsehead: {"rank_r", "rank_z"}, mae_tc2: {"loss_reconstruction"}}[script] <= events[-1].keys()
+    assert sorted(os.listdir("r")) == sorted(["backbone.pt", "curves.png", "last.pt", "log.jsonl"] + ["reconstructions.png"] * (script is mae_tc2))
     assert torchvision.io.read_image("r/curves.png").float().std() > 10
 
 
@@ -247,10 +251,13 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(
 # ---- processes ------------------------------------------------------------------------------------------------------
 def args_for(script, extra):
     args = script.parse_args([*extra])
-    args.dim, args.hidden, args.temperature, args.arch, args.image_size, args.bf16, args.views = 6, 7, 0.3, "resnet_tiny", 8, False, getattr(args, "views", 2)
+    args.dim, args.hidden, args.temperature, args.image_size, args.bf16, args.views = 6, 7, 0.3, 8, False, getattr(args, "views", 2)
+    args.arch = "vit_micro" if script is mae_tc2 else "resnet_tiny"
     args.lr, args.batch_size, args.weight_decay = 0.1, 4 if script is byol_gessl and not args.baseline else 16, 0
     if script is byol_gessl:
         args.tasks = 4
+    if script is mae_tc2:
+        args.patch_size, args.decoder_dim, args.decoder_depth, args.views = 4, 32, 1, 1
     for key, value in script.RECIPES["shapes"].items():
         if getattr(args, key, None) is None and key in ("tasks", "target_steps", "ema_decay", "inner_lr", "lambda_offdiag"):
             setattr(args, key, value)
@@ -268,6 +275,8 @@ def without_batch_norm(net):
 def smooth_nets(script, args):
     torch.manual_seed(3)
     nets = script.build_nets(args)[0]
+    if script is mae_tc2:
+        return nets.double()
     nets["backbone"] = nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.Softplus(), nn.Flatten(), nn.Linear(45, 64), nn.Tanh())
     without_batch_norm(nets)
     if "target" in nets:
@@ -293,6 +302,7 @@ CASES = [(simclr_tc2, e.split()) for e in ("--baseline", "--baseline --tasks 4 -
                                            "--calibrate none --query-loss nce", "--literal")]
 CASES += [(byol_gessl, e.split()) for e in ("--baseline", "", "--hypergrad exact --inner-steps 2 --ssl-weight 0", "--hypergrad first-order", "--lookahead")]
 CASES += [(barlow_sparsehead, e.split()) for e in ("--baseline", "", "--penalty prox", "--penalty plain --head linear --lambda-sparse 0.1")]
+CASES += [(mae_tc2, e.split()) for e in ("--baseline --masks 2", "--tasks 4 --masks 2", "--tasks 2 --second-order --calibrate mix --factors 5")]
 
 
 def worker(rank, world, folder):
@@ -459,7 +469,11 @@ BAD_OF = [(simclr_tc2, *case) for case in BAD] + [
     (barlow_sparsehead, flags.split(), flag, value) for flags, flag, value in (
         ("--penalty l1", "--penalty", "'l1'"), ("--head conv", "--head", "'conv'"), ("--lambda-sparse -1", "--lambda-sparse", "'-1'"), ("--dim 1", "--dim", "'1'"),
         ("--hidden 0", "--hidden", "'0'"), ("--lambda-offdiag x", "--lambda-offdiag", "'x'"), ("--baseline --lambda-sparse 1", "--lambda-sparse", "1.0"),
-        ("--batch-size 9000", "--batch-size", "9000"), ("--data missing", "--data", "missing"))]
+        ("--batch-size 9000", "--batch-size", "9000"), ("--data missing", "--data", "missing"))] + [
+    (mae_tc2, flags.split(), flag, value) for flags, flag, value in (
+        ("--patch-size 5", "--patch-size", "5"), ("--mask-ratio 0.99", "--mask-ratio", "'0.99'"), ("--patch-size 32", "--mask-ratio", "0.75"), ("--masks 1", "--masks", "1"),
+        ("--tasks 3", "--batch-size", "64"), ("--arch resnet18", "--arch", "'resnet18'"), ("--calibrate all", "--calibrate", "'all'"),
+        ("--second-order --compile", "--second-order", "--compile"), ("--data missing", "--data", "missing"))]
 
 
 @pytest.mark.parametrize("script, argv, flag, value", BAD_OF, ids=lambda x: "_".join(x) if isinstance(x, list) else getattr(x, "__name__", ""))
@@ -543,17 +557,48 @@ def test_readme_commands_parse_and_flags_exist():
             assert __import__(script[:-3]).parse_args(rest.split())
 
 
-def test_results_table_holds_what_the_logs_say():
-    table = re.findall(r"^\|[^|]+\| `(\w+)` \|([^\n]+)\|$", source("results/README.md"), re.M)
-    assert len(table) >= 6
-    for row, cells in table:
-        images, passes, linear, knn, cosine, std, rank = (float(c) for c in cells.split("|"))
-        with open(f"{ROOT}/results/cifar10_cpu/{row}/eval.json") as file:
-            found = {(r["protocol"], r["metric"]): r["value"] for r in json.load(file)["results"]}
-        log = rows(f"{ROOT}/results/cifar10_cpu/{row}")
-        settings, steps = log[0]["settings"], [r for r in log if "lr" in r]
-        per_image = settings["views"] if settings["baseline"] else 4 / 3 + 2 * (settings["inner_lr"] > 0) + 4
-        assert (round(found["linear", "top1"], 2), round(found["knn", "k5_euclidean"], 2), round(found["knn", "k200_cosine"], 2)) == (linear, knn, cosine)
-        seen = steps[-1]["step"] * settings["batch_size"] / 1e3
-        assert images == round(seen) and passes == round(seen * per_image)
-        assert std == round(steps[-1]["std_z"], 2) and rank == round([r for r in log if "rank_h" in r][-1]["rank_h"])
+def results_rows(title):
+    """(row, cells) of the table in results/README.md under the heading that begins with `title`."""
+    section = source("results/README.md").split(f"\n## {title}")[1].split("\n## ")[0]
+    return [(row, [float(c) for c in cells.split("|")]) for row, cells in re.findall(r"^\|[^|]+\| `(\w+)` \|([^\n]+)\|$", section, re.M)]
+
+
+def logged(folder, row):
+    """(settings, lines of training steps, last evaluation line, {(protocol, metric): value}) of a kept run."""
+    log = rows(f"{ROOT}/results/{folder}/{row}")
+    with open(f"{ROOT}/results/{folder}/{row}/eval.json") as file:
+        found = {(r["protocol"], r["metric"]): r["value"] for r in json.load(file)["results"]}
+    return log[0]["settings"], [r for r in log if "lr" in r], [r for r in log if "rank_h" in r][-1], found
+
+
+def accuracies(found):
+    return [round(found[key], 2) for key in (("linear", "top1"), ("knn", "k5_euclidean"), ("knn", "k200_cosine"))]
+
+
+def passes_per_image(settings):
+    """Forward and backward passes of one view; one without gradient counts a third."""
+    if settings.get("script") == "byol_gessl":
+        K, further = settings["inner_steps"], settings["target_steps"]
+        inner = 1 if settings["baseline"] else K + further + (1 / 3 if settings["lookahead"] else 1 / 3 + 1 + 2 * K * (settings["hypergrad"] == "fd"))
+        return 2 * (inner + 1 / 3)
+    return settings["views"] if settings["baseline"] else 4 / 3 + 2 * (settings["inner_lr"] > 0) + 4
+
+
+def test_results_tables_hold_what_the_logs_say():
+    tables = {"SimCLR": ("cifar10_cpu", 6), "BYOL": ("cifar10_cpu_gessl", 8)}
+    for title, (folder, least) in tables.items():
+        table = results_rows(title)
+        assert len(table) >= least
+        for row, (images, passes, *accuracy, std, rank) in table:
+            settings, steps, last, found = logged(folder, row)
+            seen = steps[-1]["step"] * settings["batch_size"] / 1e3 * (settings["tasks"] if title == "BYOL" and not settings["baseline"] else 1)
+            assert accuracy == accuracies(found) and images == round(seen) and passes == round(seen * passes_per_image(settings)), row
+            assert std == round(steps[-1]["std_z"], 2) and rank == round(last["rank_h"]), row
+    table = results_rows("Barlow Twins")
+    assert len(table) >= 5
+    for row, (images, *accuracy, live, zero, l21, frobenius, rank_r, rank_z) in table:
+        settings, steps, last, found = logged("cifar10_cpu_sparsehead", row)
+        assert accuracy == accuracies(found) and images == round(steps[-1]["step"] * settings["batch_size"] / 1e3), row
+        assert (live, zero) == (round(100 * steps[-1]["live_columns"], 1), round(100 * steps[-1]["zero_columns"], 1)), row
+        assert (l21, frobenius) == (round(steps[-1]["l21_normalized"], 3), round(steps[-1]["frobenius"], 2)), row
+        assert (rank_r, rank_z) == (round(found["spectrum", "representation_rank"], 1), round(found["spectrum", "embedding_rank"], 1)), row
