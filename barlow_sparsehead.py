@@ -22,7 +22,7 @@ does nothing here, since the loss does not see the scale of that weight; the fil
 Controls: `--baseline` no penalty | `--penalty plain` the paper's, lambda = 1e-4 | `--penalty plain --lambda-sparse 1` shrinks W forty-fold, and
 no column | `--penalty prox` exact zeros | `--head linear` columns are dimensions of the representation itself.
 
-Result: results/README.md. RESULT_LINE
+Result (results/README.md): at CPU scale 5 % of the hidden units suffice for the accuracy of the baseline, without a gain; not run at ImageNet scale.
 Deviations from the paper (evidence in README.md): (1) the default penalises the row-normalised weight, sum_j ||W'_:j||, W'_i: = W_i: / ||W_i:||;
 (2) lambda = 0.3 for it, since 1e-4 changes nothing; (3) "sparse" is counted as columns below 1e-3 of the largest, and as exact zeros.
 """
@@ -36,7 +36,7 @@ from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_s
                     training_views, world_size)
 
 SCRIPT = "barlow_sparsehead"
-LAMBDA_SPARSE = {"rownorm": 0.3, "plain": 1e-4, "prox": 10.0}
+LAMBDA_SPARSE = {"rownorm": 0.3, "plain": 1e-4, "prox": 3.0}
 LIVE = 1e-3                     # a column below this share of the largest counts as dead
 WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.1, blur_p=0.0,
             solarize_p=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     flag("--hidden", number(int, 2), "H, width of the hidden layer of the mlp head")
     flag("--penalty", str, "rownorm, L2,1 of the row-normalised weight; plain, the paper's; prox, exact zeros by a group soft-threshold after each step, "
          "then rows to unit norm (default: rownorm)", choices=("rownorm", "plain", "prox"), default="rownorm")
-    flag("--lambda-sparse", number(float, 0), "lambda of Eq. 13; prox multiplies it by the learning rate; 0 = off (default: 0.3 rownorm, 10 prox, 1e-4 plain as in "
+    flag("--lambda-sparse", number(float, 0), "lambda of Eq. 13; prox multiplies it by the learning rate; 0 = off (default: 0.3 rownorm, 3 prox, 1e-4 plain as in "
          "the paper)")
     return p.parse_args(argv)
 

@@ -110,7 +110,11 @@ def load_run(folder):
     if not os.path.isfile(path):
         fail(f"RUN {folder}: no backbone.pt in it")
     state = load_torch(path, f"RUN {folder}", ("arch", "image_size", "mean", "std", "state_dict"))
-    backbone, _ = make_backbone(state["arch"], state["image_size"])
+    if state["arch"].startswith("vit"):
+        mae, width = importlib.import_module("mae_tc2"), state["state_dict"]["patch_embed.weight"].shape[1]
+        backbone = mae.Encoder(state["image_size"], round((width / 3) ** 0.5), *mae.ARCHS[state["arch"]])
+    else:
+        backbone, _ = make_backbone(state["arch"], state["image_size"])
     backbone.load_state_dict(state["state_dict"])
     if os.path.isfile(log):
         with open(log) as file:
@@ -124,6 +128,8 @@ def load_projector(folder, settings, device):
     if "script" not in settings or not os.path.isfile(path):
         fail(f"RUN {folder}: has no last.pt with the projector and log.jsonl that names its script, --protocol spectrum needs both")
     nets, _ = importlib.import_module(settings["script"]).build_nets(argparse.Namespace(**settings))
+    if "projector" not in nets:
+        fail(f"RUN {folder}: {settings['script']} has no projector, --protocol spectrum needs one")
     nets.load_state_dict(load_torch(path, f"RUN {folder}", ("nets",))["nets"])
     projector = nets["projector"].to(device).eval()
     return torch.no_grad()(lambda x: torch.cat([projector(part) for part in x.split(4096)]))

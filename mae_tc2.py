@@ -15,7 +15,7 @@ every visible token, between encoder and decoder, as a sparse combination of fac
   S, f_v, V           S, factor_net, V             (d + 1, d), and (d, n_f): factors shared by all tasks; d = width of the decoder
   f_w, W_j            weight_net, W                (..., n_f)     weights of one token
   f_w(z_j) V^T        z_hat                        (..., d)       the calibrated token, scaled back and given to the decoder
-  L_sse               reconstruction_loss          mean squared error of masked patches, each target patch normalised
+  L_sse               reconstruction_loss          mean squared error of masked patches, each target patch normalised (--norm-pixels)
   alpha, beta_1, beta_2                            TC2_LR (one Adam for f_v and f_w), --inner-lr (SGD), --lr (AdamW)
 
   python mae_tc2.py                                             drawn shapes, two minutes on a laptop
@@ -30,7 +30,7 @@ Deviations from the paper: those of simclr_tc2.py (V orthonormal by QR, skip pat
 (1) tokens, that of the class too, are calibrated one by one, not the image's vector: the reconstruction has to pass through z_hat; (2) L_sse is MAE's mean, the sum
 over masked pixels divided by their number.
 """
-import contextlib, os
+import argparse, contextlib, os
 
 import torch
 import torch.distributed as dist
@@ -49,11 +49,11 @@ WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0, 0, 0, 0)
 AUGMENTATION = {"shapes": [WEAK], "small": [WEAK], "imagenet": [dict(WEAK, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]}     # MAE Section 4: crop and flip
 RECIPES = {     # imagenet: MAE Appendix A, lr = 1.5e-4 per 256 images; small: the same with a patch of 4 and a narrower decoder
     "shapes": dict(arch="vit_micro", epochs=6, batch_size=64, lr=2e-3, weight_decay=0.05, warmup_epochs=0.5, eval_every=2, views=1, patch_size=4,
-                   decoder_dim=64, decoder_depth=1),
+                   norm_pixels=False, decoder_dim=64, decoder_depth=1),
     "small": dict(arch="vit_tiny", epochs=400, batch_size=512, lr=1e-3, weight_decay=0.05, warmup_epochs=20.0, eval_every=20, views=1, patch_size=4,
-                  decoder_dim=128, decoder_depth=4),
+                  norm_pixels=True, decoder_dim=128, decoder_depth=4),
     "imagenet": dict(arch="vit_base", epochs=400, batch_size=1024, lr=6e-4, weight_decay=0.05, warmup_epochs=40.0, eval_every=20, views=1, patch_size=16,
-                     decoder_dim=512, decoder_depth=8)}
+                     norm_pixels=True, decoder_dim=512, decoder_depth=8)}
 LIMITS = {"inner_step": (0.1, "the inner step is long beside the weights, it harms above 0.02: lower --inner-lr")}
 
 
@@ -61,6 +61,8 @@ def parse_args(argv=None):
     p, flag = base_parser(__doc__.split("\n")[0], RECIPES, tuple(ARCHS))
     flag("--patch-size", number(int, 1), "side of a patch in pixels")
     flag("--mask-ratio", number(float, 0.05, 0.95), "share of the patches that are masked (default: 0.75 as in MAE)", default=0.75)
+    p.add_argument("--norm-pixels", action=argparse.BooleanOptionalAction, default=None,
+                   help="normalise each target patch, as in MAE (default: yes; not for shapes, whose patches are often noise alone)")
     flag("--masks", number(int, 1), "m, random masks of each image per step (default: 4; 1 with --baseline)")
     flag("--tasks", number(int, 1), "K, tasks per batch (default: 4 as in the paper; 1 with --baseline)")
     flag("--inner-lr", number(float, 0), "beta_1 of Eq. 6; 0 = no inner loop (default: 0.01)", default=0.01)
@@ -229,11 +231,17 @@ def normalize_patches(patches):
     return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def reconstruction_loss(predicted, patches, order, visible):
-    """Mean squared error over the pixels of the masked patches order[:, visible:], each target patch normalised: predicted, patches
-    (n, L, 3 p p), order (n, L) -> scalar. [MAE Section 3; L_sse of TC2 Eqs. 5 and 7]"""
-    masked = order[:, visible:, None].expand(-1, -1, patches.shape[2])
-    return (predicted.gather(1, masked) - normalize_patches(patches.gather(1, masked))).square().mean()
+def reconstruction_loss(predicted, target, order, visible):
+    """Mean squared error over the pixels of the masked patches order[:, visible:]: predicted, target (n, L, 3 p p), order (n, L) -> scalar.
+    [MAE Section 3; L_sse of TC2 Eqs. 5 and 7]"""
+    masked = order[:, visible:, None].expand(-1, -1, target.shape[2])
+    return (predicted.gather(1, masked) - target.gather(1, masked)).square().mean()
+
+
+def targets(x, args):
+    """(n, L, 3 p p): the patches of x, normalised one by one or as they are. [MAE Section 4.1]"""
+    patches = patchify(x, args.patch_size)
+    return normalize_patches(patches) if args.norm_pixels else patches
 
 
 def reconstruct(encoder, decoder, x, order, visible, args, space=None):
@@ -392,7 +400,7 @@ def draw_masks(args, n, progress, device):
 def mae_step(nets, opts, x, order, visible, args):
     """MAE on m masks of each image; m = 1 is the paper's. [MAE Section 3]"""
     predicted = reconstruct(nets["backbone"], nets["decoder"], x.repeat(len(order), 1, 1, 1), order.flatten(0, 1), visible, args)
-    loss = reconstruction_loss(predicted, patchify(x, args.patch_size).repeat(len(order), 1, 1), order.flatten(0, 1), visible)
+    loss = reconstruction_loss(predicted, targets(x, args).repeat(len(order), 1, 1), order.flatten(0, 1), visible)
     opts["encoder"].zero_grad()
     loss.backward()
     average_gradients(p for name in ("backbone", "decoder") for p in nets[name].parameters())
@@ -418,7 +426,7 @@ def train_step(nets, opts, views, args, progress):
     if args.baseline:
         return mae_step(nets, opts, x, order, visible, args)
     K, m, m_support = args.tasks // world_size(), len(order), len(order) // 2               # line 2: this process's tasks
-    images, orders, patches = x.chunk(K), order.chunk(K, 1), patchify(x, args.patch_size).chunk(K)
+    images, orders, target = x.chunk(K), order.chunk(K, 1), targets(x, args).chunk(K)
     frozen = {name: p.detach() for name, p in nets["decoder"].named_parameters()}
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
         t = nets["decoder"].embed(nets["backbone"](x.repeat(m, 1, 1, 1), order.flatten(0, 1)[:, :visible]))
@@ -430,7 +438,7 @@ def train_step(nets, opts, views, args, progress):
             t, o = (means[k][rows] + stds[k][rows] * z_hat).flatten(0, 1), orders[k][rows].flatten(0, 1)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
                 predicted = functional_call(nets["decoder"], frozen, (t, o), tie_weights=False)
-            return reconstruction_loss(predicted.to(t.dtype), patches[k].repeat(len(z_hat), 1, 1), o, visible)
+            return reconstruction_loss(predicted.to(t.dtype), target[k].repeat(len(z_hat), 1, 1), o, visible)
         S = batch_summary(Z)
         terms |= update_factors(nets["factor_net"], nets["weight_net"], opts["factors"], Z, S, m_support, lambda z, k: error(z, k, slice(None, m_support)),
                                 lambda query, support, k: error(query, k, slice(m_support, None)), K, args.lambda_s)
@@ -443,8 +451,8 @@ def train_step(nets, opts, views, args, progress):
     def loss_on(rows):
         def loss(params, k):
             o = orders[k][rows]
-            many, target, o = images[k].repeat(len(o), 1, 1, 1), patches[k].repeat(len(o), 1, 1), o.flatten(0, 1)
-            return sum(reconstruction_loss(functional_call(net, params, (many, o, visible, args, space), tie_weights=False), target, o, visible)
+            many, wanted, o = images[k].repeat(len(o), 1, 1, 1), target[k].repeat(len(o), 1, 1), o.flatten(0, 1)
+            return sum(reconstruction_loss(functional_call(net, params, (many, o, visible, args, space), tie_weights=False), wanted, o, visible)
                        for space in spaces) / len(spaces)
         return loss
     params = dict(net.named_parameters())
@@ -471,9 +479,10 @@ def diagnose(nets, views, args):
     rows, found = {"original": patches, "masked": patches * (1 - hidden)}, {}
     for name, space in spaces.items():
         predicted = reconstruct(nets["backbone"], nets["decoder"], x, order, visible, args, space)
-        found[f"loss_{name}"] = reconstruction_loss(predicted, patches, order, visible)
-        shown = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)  # the true patch's mean and scale
-        rows[name] = torch.where(hidden > 0, shown, patches)
+        found[f"loss_{name}"] = reconstruction_loss(predicted, targets(x, args), order, visible)
+        if args.norm_pixels:                                                    # shown with the true patch's mean and scale
+            predicted = predicted * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+        rows[name] = torch.where(hidden > 0, predicted, patches)
     if not dist.is_initialized() or dist.get_rank() == 0:
         draw_rows({name: unpatchify(p, args.patch_size, args.image_size) for name, p in rows.items()}, args)
     return found

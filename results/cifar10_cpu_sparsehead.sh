@@ -9,10 +9,11 @@ declare -A rows=(
   [barlow]="--baseline"
   [plain]="--penalty plain"
   [rownorm]=""
-  [prox]="--penalty prox"
+  [prox]="--penalty prox --lambda-sparse 10"
+  [prox_weak]="--penalty prox --lambda-sparse 3"
   [plain_strong]="--penalty plain --lambda-sparse 1"
 )
-for row in "${@:-barlow plain rownorm prox plain_strong}"; do
+for row in "${@:-barlow plain rownorm prox prox_weak plain_strong}"; do
   for name in $row; do
     python barlow_sparsehead.py $common ${rows[$name]} --out "$out/$name"
     python eval_linear.py "$out/$name" --protocol linear knn spectrum

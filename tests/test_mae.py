@@ -10,12 +10,16 @@ from torchvision.models import VisionTransformer
 
 import mae_tc2
 from mae_tc2 import (Block, Decoder, Encoder, FactorNet, WeightNet, build_nets, build_opts, calibrated_tokens, draw_masks, normalize_patches,
-                     participation, patchify, random_masks, reconstruct, reconstruction_loss, sincos_positions, to_torchvision, token_scale,
+                     participation, patchify, random_masks, reconstruct, sincos_positions, to_torchvision, token_scale,
                      train_step, unpatchify, visible_patches)
 
 close, grad = torch.testing.assert_close, torch.autograd.grad
 SIZE, P, L, T, D, HEADS = 12, 4, 9, 3, 32, 2                    # image side, patch side, patches, visible patches, width, heads
 PIXELS = 3 * P * P
+
+
+def reconstruction_loss(predicted, patches, order, visible):
+    return mae_tc2.reconstruction_loss(predicted, normalize_patches(patches), order, visible)
 
 
 def generator(seed=0):
@@ -200,7 +204,7 @@ def test_masks_are_a_function_of_the_generator():
 
 
 def settings(**kw):
-    return Namespace(**{**dict(baseline=False, masks=5, tasks=2, mask_ratio=2 / 3, patch_size=P, image_size=SIZE, inner_lr=0.0, second_order=False,
+    return Namespace(**{**dict(baseline=False, norm_pixels=True, masks=5, tasks=2, mask_ratio=2 / 3, patch_size=P, image_size=SIZE, inner_lr=0.0, second_order=False,
                                lambda_s=0.1, calibrate="both", seed=0, bf16=False, lr=1e-3, weight_decay=0.05), **kw})
 
 
@@ -734,3 +738,9 @@ def test_baseline_and_tc2_start_from_the_same_weights():
         args = settings(arch="vit_micro", baseline=baseline, factors=32, decoder_dim=32, decoder_depth=1)
         start.append(flat(model(build_nets(args)[0]).parameters()))
     assert torch.equal(*start)
+
+
+def test_targets_are_normalised_or_the_patches_themselves():
+    x = images()
+    assert torch.equal(mae_tc2.targets(x, Namespace(patch_size=P, norm_pixels=False)), patchify(x, P))
+    close(mae_tc2.targets(x, Namespace(patch_size=P, norm_pixels=True)), normalize_patches(patchify(x, P)))

@@ -1,5 +1,6 @@
 """What a run does as a program: its files, resume, processes, bad input, and the promises the README makes about the sources."""
 import copy
+import functools
 import glob
 import inspect
 import json
@@ -32,15 +33,23 @@ FAKE = ["--data", "fake", "--epochs", "2", "--warmup-epochs", "1", "--eval-every
 TINY = [*FAKE, "--arch", "resnet_tiny"]
 QUICK = [*TINY, "--batch-size", "64"]                       # of simclr_tc2
 ENHANCED = {simclr_tc2: QUICK, byol_gessl: [*TINY, "--batch-size", "16", "--tasks", "4", "--target-steps", "1"], barlow_sparsehead: QUICK,
-            mae_tc2: [*FAKE, "--arch", "vit_micro", "--batch-size", "64", "--tasks", "2"]}                              # 8 steps of 64 images per epoch
+            mae_tc2: [*FAKE, "--arch", "vit_micro", "--batch-size", "64", "--tasks", "2", "--patch-size", "8", "--masks", "2"]}         # 8 steps of 64 images per epoch
 BASELINE = {simclr_tc2: [*QUICK, "--baseline"], byol_gessl: [*TINY, "--batch-size", "64", "--baseline"], barlow_sparsehead: [*QUICK, "--baseline"],
-            mae_tc2: [*FAKE, "--arch", "vit_micro", "--batch-size", "64", "--baseline"]}
+            mae_tc2: [*FAKE, "--arch", "vit_micro", "--batch-size", "64", "--baseline", "--patch-size", "8"]}
 each_script = pytest.mark.parametrize("script", ENHANCED, ids=lambda m: m.__name__)
 
 
+@functools.cache
+def load_once(name, load=common._load_torchvision):
+    return load(name)
+
+
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    if "picture" not in request.node.name:                  # drawing takes longer than the training of most tests
+        monkeypatch.setattr(common, "plot_curves", lambda out: None)
+    monkeypatch.setattr(common, "_load_torchvision", load_once)
 
 
 def rows(out):
@@ -82,12 +91,12 @@ def image_folder(path, splits=("train", "test"), classes="ab", n=8, size=(20, 24
     + [(byol_gessl, e.split()) for e in ("", "--baseline", "--hypergrad exact --outer-loss mse --inner-steps 2", "--hypergrad neumann --outer-loss ce",
                                          "--hypergrad cg --outer-loss wasserstein --ssl-weight 0", "--lookahead")]
     + [(barlow_sparsehead, e.split()) for e in ("", "--baseline", "--penalty prox --head linear --dim 32", "--penalty plain")]
-    + [(mae_tc2, e.split()) for e in ("--masks 2", "--baseline", "--second-order --calibrate mix --factors 9 --masks 3 --mask-ratio 0.5")])
+    + [(mae_tc2, e.split()) for e in ("", "--baseline", "--second-order --calibrate mix --factors 9 --masks 3 --mask-ratio 0.5")])
 def test_run_leaves_log_checkpoint_backbone_and_picture(script, extra):
     script.main(ENHANCED[script] + ["--out", "r", "--max-steps", "3"] + extra)
     header, *events = rows("r")
     assert header["settings"]["batch_size"] == int(ENHANCED[script][ENHANCED[script].index("--batch-size") + 1]) and header["images"] == 512
-    assert header["parameters"]["backbone"] == (452_352 if script is mae_tc2 else 77_392) and events[-1].keys() > {"step", "knn5"}
+    assert header["parameters"]["backbone"] == (466_176 if script is mae_tc2 else 77_392) and events[-1].keys() > {"step", "knn5"}
     events = [e for e in events if "warning" not in e]
     assert [e["step"] for e in events] == [0, 3, 3] and all(abs(v) < 1e9 for e in events for v in e.values())
     assert {"knn5", "knn200_cosine", "rank_h"} <= events[0].keys() & events[-1].keys() and "raw_pixels_knn5" in events[0]
@@ -108,13 +117,45 @@ def test_backbone_loads_strictly_into_torchvision(script, arch):
     net.load_state_dict(saved["state_dict"], strict=True)
 
 
-def test_evaluation_reads_a_run_and_writes_a_table(capsys):
-    simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "1"])
+@each_script
+def test_evaluation_reads_a_run_and_writes_a_table(script, capsys):
+    script.main(ENHANCED[script] + ["--out", "r", "--max-steps", "1"])
     capsys.readouterr()
     eval_linear.main(["r", "--probe-epochs", "3"])
     table, found = capsys.readouterr().out, json.load(open("r/eval.json"))
     assert {(r["protocol"], r["metric"]) for r in found["results"]} >= {("linear", "top1"), ("linear", "top5"), ("knn", "k5_euclidean"), ("knn", "k200_cosine")}
     assert all(f"{r['value']:.2f}" in table and 0 <= r["value"] <= 100 for r in found["results"])
+
+
+def test_spectrum_is_that_of_the_features_and_keeps_other_results(capsys):
+    for out, extra in (("r", []), ("q", ["--head", "linear", "--dim", "16"])):
+        barlow_sparsehead.main(ENHANCED[barlow_sparsehead] + ["--out", out, "--max-steps", "1"] + extra)
+    eval_linear.main(["q", "--protocol", "knn"])
+    eval_linear.main(["r", "--protocol", "spectrum"])
+    eval_linear.main(["q", "--protocol", "spectrum", "--overlay", "r"])
+    found, spectra = json.load(open("q/eval.json"))["results"], json.load(open("q/spectrum.json"))
+    assert {r["protocol"] for r in found} == {"knn", "spectrum"} and torchvision.io.read_image("q/spectrum.png").float().std() > 10
+    nets = barlow_sparsehead.build_nets(types.SimpleNamespace(**rows("q")[0]["settings"]))[0].eval()
+    nets.load_state_dict(torch.load("q/last.pt", weights_only=True)["nets"])
+    recipe, data = barlow_sparsehead.AUGMENTATION["small"][0], common.load_data("fake")
+    with torch.no_grad():
+        h = nets["backbone"](common.normalize(data.test.float() / 255, recipe["mean"], recipe["std"]))
+        for name, x in (("representation", h), ("embedding", nets["projector"](h))):
+            x = (x - x.mean(0)).double()
+            values = torch.linalg.svdvals(x).square() / (len(x) - 1)
+            torch.testing.assert_close(torch.tensor(spectra[name], dtype=torch.float64)[:len(values)], values, rtol=1e-3, atol=1e-5 * values[0].item())
+    simclr_tc2.main(QUICK + ["--out", "m", "--max-steps", "1", "--baseline"])
+    capsys.readouterr()
+    for argv, word in ((["q", "--protocol", "spectrum", "--overlay", "m"], "--overlay m"), (["q", "--protocol", "spectrum", "--overlay", "none"], "--overlay none")):
+        with pytest.raises(SystemExit) as stopped:
+            eval_linear.main(argv)
+        assert stopped.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_eigenvalues_of_a_known_covariance():
+    x = torch.randn(200_000, 3, generator=common.rng(1), dtype=torch.float64) * torch.tensor([3.0, 1, 0])
+    values = eval_linear.eigenvalues(x @ torch.linalg.qr(torch.randn(3, 3, generator=common.rng(2), dtype=torch.float64))[0])
+    torch.testing.assert_close(values, torch.tensor([9.0, 1, 0], dtype=torch.float64), rtol=0.02, atol=1e-9)
 
 
 @each_script
@@ -257,7 +298,7 @@ def args_for(script, extra):
     if script is byol_gessl:
         args.tasks = 4
     if script is mae_tc2:
-        args.patch_size, args.decoder_dim, args.decoder_depth, args.views = 4, 32, 1, 1
+        args.patch_size, args.decoder_dim, args.decoder_depth, args.views, args.norm_pixels = 4, 32, 1, 1, True
     for key, value in script.RECIPES["shapes"].items():
         if getattr(args, key, None) is None and key in ("tasks", "target_steps", "ema_decay", "inner_lr", "lambda_offdiag"):
             setattr(args, key, value)
@@ -522,11 +563,12 @@ def test_shared_fences_are_identical_in_all_scripts():
     assert {"main", "tc2"} <= blocks.keys()
 
 
-@pytest.mark.parametrize("script", SCRIPTS + ["common.py", "eval_linear.py"])
-def test_import_has_no_side_effect(script, capfd):
-    code = (f"import sys, os, torch; sys.path.insert(0, {ROOT!r}); before = torch.random.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype();"
-            f"import {script[:-3]}; assert torch.equal(before[0], torch.random.get_rng_state()); assert before[1:] == (torch.get_num_threads(), torch.get_default_dtype());"
-            "assert not os.listdir(); assert 'matplotlib' not in sys.modules")
+def test_import_has_no_side_effect(capfd):
+    code = (f"import sys, os, torch; sys.path.insert(0, {ROOT!r}); before = torch.random.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()\n"
+            f"for name in {[s[:-3] for s in SCRIPTS + ['common.py', 'eval_linear.py']]!r}:\n"
+            "    __import__(name)\n    assert torch.equal(before[0], torch.random.get_rng_state()), name\n"
+            "    assert before[1:] == (torch.get_num_threads(), torch.get_default_dtype()), name\n"
+            "    assert not os.listdir() and 'matplotlib' not in sys.modules, name")
     assert subprocess.run([sys.executable, "-B", "-c", code]).returncode == 0 and capfd.readouterr() == ("", "")
 
 
