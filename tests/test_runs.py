@@ -346,12 +346,21 @@ CASES += [(barlow_sparsehead, e.split()) for e in ("--baseline", "", "--penalty 
 CASES += [(mae_tc2, e.split()) for e in ("--baseline --masks 2", "--tasks 4 --masks 2", "--tasks 2 --second-order --calibrate mix --factors 5")]
 
 
+def plain_all_reduce(x):
+    """The known mistake: the right sum, whose gradient knows only this process's share."""
+    total = x.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total + x - x.detach()
+
+
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     found = [stepped(script, args_for(script, extra), rank, world) for script, extra in CASES]
     views = {name: list(common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, rank, world, torch.device("cpu"), 0, 25, 27))
              for name in ("fake",)}
+    barlow_sparsehead.all_reduce_sum = plain_all_reduce
+    found.append(stepped(barlow_sparsehead, args_for(barlow_sparsehead, []), rank, world))
     torch.save((found, views["fake"]), f"{folder}/{rank}")
 
 
@@ -363,6 +372,8 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
         for k, v in one.items():
             torch.testing.assert_close(a[k], v, rtol=1e-9, atol=1e-11, msg=lambda m: f"{script.__name__} {extra} {k}: {m}")
             assert torch.equal(a[k], b[k]), f"{script.__name__} {extra}: processes drift apart in {k}"
+    right, wrong = stepped(barlow_sparsehead, args_for(barlow_sparsehead, []), 0, 1)["grad.projector.0.weight"], first[-1]["grad.projector.0.weight"]
+    assert (wrong - right).norm() > 0.1 * right.norm(), "a collective that autograd does not see goes unnoticed"
     whole = common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, 0, 1, torch.device("cpu"), 0, 25, 27)
     for step, views in enumerate(whole):
         for v, view in enumerate(views):
