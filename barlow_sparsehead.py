@@ -19,7 +19,7 @@ does nothing here, since the loss does not see the scale of that weight; the fil
   python barlow_sparsehead.py --data /imagenet100               one GPU; plain Barlow Twins with --baseline
   torchrun --nproc-per-node 8 barlow_sparsehead.py --data /imagenet100
 
-Controls: `--baseline` no penalty | `--penalty plain` the paper's, lambda = 1e-4 | `--penalty plain --lambda-sparse 1` shrinks W forty-fold, and
+Controls: `--baseline` no penalty | `--penalty plain` the paper's, lambda = 1e-4 | `--penalty plain --lambda-sparse 1` shrinks W 64-fold, and
 no column | `--penalty prox` exact zeros | `--head linear` columns are dimensions of the representation itself.
 
 Result (results/README.md): at CPU scale 5 % of the hidden units suffice for the accuracy of the baseline, without a gain; not run at ImageNet scale.

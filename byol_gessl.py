@@ -22,7 +22,7 @@ network lambda steps later. That gradient runs through the inner steps: the file
 Controls: `--baseline` BYOL on mini-batches of N | `--baseline --batch-size MN` BYOL on the images of an outer step (Table 22) | `--lookahead`
 the same inner loop without the KL (Eq. 22) | `--hypergrad first-order` no second derivatives | `--ssl-weight 0` Eq. 4 word for word.
 
-Result (results/README.md): at CPU scale GeSSL trains and does not collapse; not run at ImageNet scale.
+Result (results/README.md): at CPU scale GeSSL trains, does not collapse, does not beat BYOL; not run at ImageNet scale.
 Deviations from the paper (evidence in README.md): (1) pi, a "classification head" there, is the softmax over the N anchors of the SSL loss
 itself: a learned head does not train; (2) the outer gradient has the SSL gradient added with --ssl-weight; (3) means over samples
 and tasks; (4) Eqs. 18-21 read for theta as start of the inner loop, as printed they mix gradients and Hessians; (5) AdamW, not SGD.
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     flag("--inner-lr", number(float, 1e-12), "alpha of Eq. 2; alpha times the largest curvature of the loss (logged as alpha_lambda_max) should stay below 1")
     flag("--hypergrad", str, "derivative through Eq. 2: fd, finite differences (paper); exact, the unrolled graph; first-order; neumann and cg, "
          "implicit (default: fd)", choices=("fd", "exact", "first-order", "neumann", "cg"), default="fd")
-    p.add_argument("--lookahead", action="store_true", help="Eq. 22: towards the weights after K + lambda steps, no KL (off by default)")
+    p.add_argument("--lookahead", action="store_true", help="Eq. 22 in place of Eqs. 3-4: no KL, so that --hypergrad and the next three flags have no effect")
     flag("--ssl-weight", number(float, 0), "weight of the SSL gradient beside Eq. 4; 0 = Eq. 4 word for word (default: 1)", default=1.0)
     flag("--outer-loss", str, "distance of Eq. 3 (default: kl)", choices=("kl", "mse", "ce", "wasserstein"), default="kl")
     flag("--temperature", number(float, 1e-3), "tau of pi")
@@ -104,8 +104,8 @@ def build_nets(args):
 
 def build_opts(nets, args):
     params = [p for name in ("backbone", "projector", "predictor") for p in nets[name].parameters()]
-    decay, rest = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]             # not on biases and BatchNorm
-    return {"encoder": torch.optim.AdamW([{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0}], args.lr, fused=True)}
+    groups = [{"params": [p for p in params if (p.ndim > 1) == matrix], "weight_decay": args.weight_decay * matrix} for matrix in (True, False)]
+    return {"encoder": torch.optim.AdamW(groups, args.lr, fused=True)}                              # no decay of biases and BatchNorm
 
 
 # ---- BYOL -----------------------------------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ def hypergradient(mode, loss_fn, outer_fn, trajectory, inner_lr, terms=SOLVER_TE
             curvature.append(inner_lr * length_ratio(Hv, v))
             v = torch._foreach_add(v, Hv, alpha=-inner_lr)
         return v, torch.stack(curvature).max(), zero
-    H = exact_hvp(loss_fn, end)
-    hvp = lambda u: torch._foreach_mul(H(u), inner_lr * (len(trajectory) - 1))
+    H, scale = exact_hvp(loss_fn, end), inner_lr * (len(trajectory) - 1)
+    hvp = lambda u: torch._foreach_mul(H(u), scale)
     return (*neumann(hvp, v, terms), zero) if mode == "neumann" else conjugate_gradient(hvp, v, terms)
 
 
@@ -323,12 +323,12 @@ def train_step(nets, opts, views, args, progress):
 def diagnose(nets, views, args):
     """At the present weights: effective ranks of projection and prediction, and alpha times the largest curvature of one task's loss."""
     online, n = nn.Sequential(nets["backbone"], nets["projector"], nets["predictor"]), args.batch_size
-    names, theta = zip(*online.named_parameters())
-    x = torch.cat([v[:n] for v in views])
+    (names, theta), x = zip(*online.named_parameters()), torch.cat([v[:n] for v in views])
     with batch_stats_only(nets):
         with torch.no_grad():
             z_target, z = embed(nets["target"], x, args), embed(online[:2], x, args)
-            found = {"rank_z": effective_rank(z), "rank_p": effective_rank(embed(online[2], z, args)), "std_p": embedding_std(embed(online[2], z, args)[:n])}
+            p = embed(online[2], z, args)
+            found = {"rank_z": effective_rank(z), "rank_p": effective_rank(p), "std_p": embedding_std(p[:n])}
         if not args.baseline and not args.compile:
             loss_fn = lambda params: byol_loss(embed(online, x, args, dict(zip(names, params))), z_target)
             found["alpha_lambda_max"] = args.inner_lr * curvature_probe(loss_fn, list(theta))

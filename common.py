@@ -1,7 +1,7 @@
 """Mechanism shared by the four scripts: data, augmentation, backbones, evaluation, processes, checkpoint, log.
 
 Read a script first and come here only for the how. No number from a paper lives in this file, nothing here calls back into a
-script, and importing it has no side effect. Every random draw is a function of integers, see `rng`: no generator state is ever
+script, and importing it has no side effect. Every random draw is a function of a key, see `rng`: no generator state is ever
 saved, and a resumed run equals an uninterrupted one.
 """
 import argparse, contextlib, hashlib, json, math, os, platform, signal, sys, time
@@ -88,7 +88,7 @@ def resolve(args, recipes, data, script):
 
 # ---- randomness, schedule, parameters -------------------------------------------------------------------------------
 def rng(*key):
-    """CPU generator that is a function of the integers `key`."""
+    """CPU generator that is a function of the numbers and strings `key`."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little"))
 
 

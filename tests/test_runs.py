@@ -174,6 +174,22 @@ def test_baseline_starts_from_the_same_weights_and_sees_the_same_views(script):
     assert len(base_views) <= len(views) and all(map(torch.equal, base_views, views)) and len(views[0]) == 64
 
 
+def test_a_term_above_its_limit_warns_once_on_screen_and_in_the_log(capsys):
+    for alpha, expected in (("10", 1), ("1e-9", 0)):
+        byol_gessl.main(ENHANCED[byol_gessl] + ["--out", alpha, "--max-steps", "3", "--log-every", "1", "--hypergrad", "neumann", "--inner-lr", alpha, "--lr", "0"])
+        warned = [r for r in rows(alpha) if "warning" in r]
+        assert len(warned) == capsys.readouterr().out.count("a Neumann series diverges") == expected and all(r["step"] == 1 for r in warned)
+        assert all(r["images_per_s"] > 0 for r in rows(alpha) if "lr" in r)
+
+
+def test_plain_penalty_says_once_why_it_cannot_sparsify_and_live_columns_are_in_the_checkpoint(capsys):
+    for penalty, times in (("plain", 1), ("rownorm", 0)):
+        barlow_sparsehead.main(ENHANCED[barlow_sparsehead] + ["--out", penalty, "--max-steps", "1", "--penalty", penalty])
+        assert capsys.readouterr().out.count("the loss does not see the scale of a row of W") == times
+    saved = state("rownorm")["nets"]
+    assert saved["projector.live_columns"].dtype == torch.bool and saved["projector.live_columns"].shape == saved["projector.3.weight"].shape[1:]
+
+
 # ---- staying alive --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script, argv", [*ENHANCED.items(), *BASELINE.items()], ids=lambda x: getattr(x, "__name__", None) or ("baseline" if "--baseline" in x else "enhanced"))
 def test_sigterm_in_mid_epoch_then_resume_equals_uninterrupted(script, argv, monkeypatch):
