@@ -168,12 +168,13 @@ def scale_add(a, s, b):
     return torch._foreach_add(a, torch._foreach_mul(b, s))
 
 
-def difference_hvp(loss_fn, params, v, length):
-    """H v from two gradients, at params +- e v with e = length / ||v||. [GeSSL Eq. 21, central instead of one-sided]"""
+def difference_hvp(loss_fn, params, v, length, gradient=None):
+    """H v = (grad(params + e v) - grad(params)) / e with e = length / ||v||; the inner loop has `gradient`, that at params, already.
+    [GeSSL Eq. 21]"""
     e = length / nn.utils.get_total_norm(v).clamp(min=1e-30)
-    ahead, behind = ([p.detach().requires_grad_() for p in scale_add(params, s, v)] for s in (e, -e))
-    up, down = (torch.autograd.grad(loss_fn(at), at, materialize_grads=True) for at in (ahead, behind))
-    return torch._foreach_mul(torch._foreach_sub(up, down), 0.5 / e)
+    at, ahead = ([p.detach().requires_grad_() for p in where] for where in (params, scale_add(params, e, v)))
+    gradient = gradient or torch.autograd.grad(loss_fn(at), at, materialize_grads=True)
+    return torch._foreach_div(torch._foreach_sub(torch.autograd.grad(loss_fn(ahead), ahead, materialize_grads=True), gradient), e)
 
 
 def exact_hvp(loss_fn, params):
@@ -213,13 +214,14 @@ def conjugate_gradient(hvp, v, iterations):
     return x, torch.stack(growth).max(), negative
 
 
-def hypergradient(mode, loss_fn, outer_fn, trajectory, inner_lr, terms=SOLVER_TERMS, fd_length=FD_LENGTH):
-    """d outer_fn(theta_K) / d theta_0 where trajectory = [theta_0, .., theta_K] comes from `inner_step`. Returns (list of gradients, curvature,
-    negative): the largest alpha ||H u|| / ||u|| met (0 for exact and first-order) and whether cg met negative curvature.
+def hypergradient(mode, loss_fn, outer_fn, trajectory, inner_lr, terms=SOLVER_TERMS, fd_length=FD_LENGTH, inner_grads=None):
+    """d outer_fn(theta_K) / d theta_0 where trajectory = [theta_0, .., theta_K] comes from `inner_step`, as do the K inner_grads (fd takes
+    them anew if they are not given). Returns (list of gradients, curvature, negative): the largest alpha ||H u|| / ||u|| met (0 for exact
+    and first-order) and whether cg met negative curvature.
 
     first-order  v = d outer_fn / d theta_K, as if theta_K = theta_0 + constant
     exact        through the graph of the inner steps (they need create_graph): prod_k (I - alpha H(theta_k)) v             [GeSSL Eq. 18]
-    fd           the same product, each H v from two gradients instead of a graph                                           [GeSSL Eq. 21]
+    fd           the same product, each H v from one more gradient instead of a graph                                       [GeSSL Eq. 21]
     neumann, cg  (I + K alpha H(theta_K))^{-1} v: theta_K as minimum of loss_fn + ||theta_K - theta_0||^2 / (2 K alpha)    [GeSSL Eqs. 19-20]
     [GeSSL Eq. 4]"""
     end = trajectory[-1]
@@ -229,8 +231,8 @@ def hypergradient(mode, loss_fn, outer_fn, trajectory, inner_lr, terms=SOLVER_TE
         return v, zero, zero
     if mode == "fd":
         curvature = []
-        for params in reversed(trajectory[:-1]):
-            Hv = difference_hvp(loss_fn, params, v, fd_length)
+        for params, gradient in zip(trajectory[-2::-1], (inner_grads or [None] * len(trajectory[1:]))[::-1]):
+            Hv = difference_hvp(loss_fn, params, v, fd_length, gradient)
             curvature.append(inner_lr * length_ratio(Hv, v))
             v = torch._foreach_add(v, Hv, alpha=-inner_lr)
         return v, torch.stack(curvature).max(), zero
@@ -244,10 +246,10 @@ def gessl_task(forward, ssl_loss, logits, theta, inner_steps, target_steps, inne
 
     forward(params) -> outputs of the task's views; ssl_loss(outputs) -> scalar; logits(outputs) -> (R, N), those of pi."""
     loss_fn = lambda params: ssl_loss(forward(params))
-    trajectory, losses, first = [theta], [], None
+    trajectory, losses, inner_grads = [theta], [], []
     for _ in range(inner_steps):                                                                # lines 6-9
         params, loss, grads = inner_step(loss_fn, trajectory[-1], inner_lr, hypergrad == "exact" and not lookahead)
-        first, losses, trajectory = first or grads, losses + [loss], trajectory + [params]
+        inner_grads, losses, trajectory = inner_grads + [grads], losses + [loss], trajectory + [params]
     params = [p.detach().requires_grad_() for p in trajectory[-1]]
     for _ in range(target_steps):                                                               # lines 11-14
         params, loss, _ = inner_step(loss_fn, params, inner_lr)
@@ -257,14 +259,14 @@ def gessl_task(forward, ssl_loss, logits, theta, inner_steps, target_steps, inne
         losses, target_logits = losses + [ssl_loss(outputs)], logits(outputs)
     terms = {"loss_ssl": losses[0], "loss_ssl_inner": losses[inner_steps], "loss_ssl_target": losses[-1]}
     if lookahead:                                                                               # [GeSSL Eq. 22]
-        return torch._foreach_div(torch._foreach_sub([p.detach() for p in theta], params), inner_lr), first, terms
+        return torch._foreach_div(torch._foreach_sub([p.detach() for p in theta], params), inner_lr), inner_grads[0], terms
     found = {}
     def outer_fn(params):
         found["loss"] = outer_loss(outer, target_logits, logits(forward(params)))
         return found["loss"]
-    gradient, curvature, negative = hypergradient(hypergrad, loss_fn, outer_fn, trajectory, inner_lr)
+    gradient, curvature, negative = hypergradient(hypergrad, loss_fn, outer_fn, trajectory, inner_lr, inner_grads=inner_grads)
     entropy = torch.special.entr(target_logits.softmax(1)).sum(1).mean() / math.log(target_logits.shape[1])
-    return [g.detach() for g in gradient], first, {"loss_kl": found["loss"].detach(), **terms, "entropy_pi": entropy, "curvature": curvature.detach(),
+    return [g.detach() for g in gradient], inner_grads[0], {"loss_kl": found["loss"].detach(), **terms, "entropy_pi": entropy, "curvature": curvature.detach(),
                                                    "negative_curvature": negative.detach()}
 
 

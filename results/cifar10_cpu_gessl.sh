@@ -12,8 +12,8 @@ declare -A rows=(
   [gessl]="--epochs 1 --tasks 4 --target-steps 3"
   [lookahead]="--lookahead --epochs 1 --tasks 4 --target-steps 3"
   [gessl_first_order]="--hypergrad first-order --epochs 1 --tasks 4 --target-steps 3"
-  [byol_equal_passes]="--baseline --epochs 6"
-  [byol_large_batch_equal_passes]="--baseline --batch-size 128 --ema-decay 0.922 --epochs 6"
+  [byol_equal_passes]="--baseline --epochs 5"
+  [byol_large_batch_equal_passes]="--baseline --batch-size 128 --ema-decay 0.922 --epochs 5"
 )
 for row in "${@:-byol byol_large_batch gessl_kl_only gessl lookahead gessl_first_order byol_equal_passes byol_large_batch_equal_passes}"; do
   for name in $row; do

@@ -117,7 +117,7 @@ def tc2_passes(args, nets, views):
 
 
 def gessl_passes(args, nets, views):
-    """Per task: K + lambda inner gradients, one of the KL, two per finite difference, and two passes without gradient (target, z')."""
+    """Per task: K + lambda inner gradients, one of the KL, one per finite difference, and two passes without gradient (target, z')."""
     online = torch.nn.Sequential(nets["backbone"], nets["projector"], nets["predictor"])
     params = list(online.parameters())
     def passes():
@@ -127,7 +127,7 @@ def gessl_passes(args, nets, views):
                 0 if args.baseline else online(x)
             ssl = lambda: byol_gessl.byol_loss(online(x), z_target)
             K, exact = args.inner_steps, args.hypergrad == "exact" and not args.lookahead
-            for _ in range(1 if args.baseline else args.target_steps + 2 * K * (args.hypergrad == "fd" and not args.lookahead) + K * (not exact)):
+            for _ in range(1 if args.baseline else args.target_steps + K * (args.hypergrad == "fd" and not args.lookahead) + K * (not exact)):
                 torch.autograd.grad(ssl(), params)
             for _ in range(K * exact * (not args.baseline)):
                 g = torch.autograd.grad(ssl(), params, create_graph=True)

@@ -648,7 +648,7 @@ def passes_per_image(settings):
     """Forward and backward passes of one view; one without gradient counts a third."""
     if settings.get("script") == "byol_gessl":
         K, further = settings["inner_steps"], settings["target_steps"]
-        inner = 1 if settings["baseline"] else K + further + (1 / 3 if settings["lookahead"] else 1 / 3 + 1 + 2 * K * (settings["hypergrad"] == "fd"))
+        inner = 1 if settings["baseline"] else K + further + (1 / 3 if settings["lookahead"] else 1 / 3 + 1 + K * (settings["hypergrad"] == "fd"))
         return 2 * (inner + 1 / 3)
     return settings["views"] if settings["baseline"] else 4 / 3 + 2 * (settings["inner_lr"] > 0) + 4
 
