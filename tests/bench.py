@@ -158,19 +158,19 @@ def hypergrad(rounds, argv):
     """Time of one GeSSL task by hypergradient and K, in forward-backward passes of its mini-batch, and the memory it takes above the networks."""
     torch.set_num_threads(2)
     for K in (1, 3, 5):
-        exact = {}
+        exact = None
         for mode in ("exact", "first-order", "fd", "neumann", "cg"):
             args, nets, opts, views = prepared(byol_gessl, [*argv, "--tasks", "1", "--hypergrad", mode, "--inner-steps", str(K)])
             online = torch.nn.Sequential(nets["backbone"], nets["projector"], nets["predictor"])
             x, params = torch.cat(views), list(online.parameters())
             z_target = torch.randn(len(x), args.dim, device=x.device)
             one_pass = lambda: torch.autograd.grad(byol_gessl.byol_loss(online(x), z_target), params)
-            run = lambda: byol_gessl.train_step(nets, opts, views, args, 0)
-            whole, single, ratio, _ = alternate(run, one_pass, rounds)
-            found = {"time": whole, "memory": peak_memory(run)}
-            exact = exact or found
-            print(f"hypergrad K={K} lambda={args.target_steps} {mode:<12} {1e3 * whole:8.1f} ms = {ratio:5.1f} passes   {found['memory'] / 2**20:7.1f} MiB   of exact: "
-                  f"time {found['time'] / exact['time']:.2f}, memory {found['memory'] / exact['memory']:.2f}; one pass {peak_memory(one_pass) / 2**20:.1f} MiB")
+            run = lambda nets=nets, opts=opts, views=views, args=args: byol_gessl.train_step(nets, opts, views, args, 0)
+            exact = exact or (run, peak_memory(run))
+            whole, _, passes, _ = alternate(run, one_pass, rounds)
+            (_, _, time, spread), memory = alternate(run, exact[0], rounds), peak_memory(run)
+            print(f"hypergrad K={K} lambda={args.target_steps} {mode:<12} {1e3 * whole:8.1f} ms = {passes:5.1f} passes   {memory / 2**20:7.1f} MiB   of exact: "
+                  f"time {time:.2f} ({spread[0]:.2f} to {spread[1]:.2f}), memory {memory / exact[1]:.2f}; one pass {peak_memory(one_pass) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":
