@@ -169,12 +169,12 @@ def scale_add(a, s, b):
 
 
 def difference_hvp(loss_fn, params, v, length, gradient=None):
-    """H v = (grad(params + e v) - grad(params)) / e with e = length / ||v||; the inner loop has `gradient`, that at params, already.
-    [GeSSL Eq. 21]"""
+    """H v = (grad(params) - grad(params - e v)) / e with e = length / ||v||; the inner loop has `gradient`, that at params, already. Backward, since
+    its error -(e / 2) grad(v H v) lets Eq. 4 descend the curvature along v; that of the forward difference climbs it. [GeSSL Eq. 21]"""
     e = length / nn.utils.get_total_norm(v).clamp(min=1e-30)
-    at, ahead = ([p.detach().requires_grad_() for p in where] for where in (params, scale_add(params, e, v)))
+    at, behind = ([p.detach().requires_grad_() for p in where] for where in (params, scale_add(params, -e, v)))
     gradient = gradient or torch.autograd.grad(loss_fn(at), at, materialize_grads=True)
-    return torch._foreach_div(torch._foreach_sub(torch.autograd.grad(loss_fn(ahead), ahead, materialize_grads=True), gradient), e)
+    return torch._foreach_div(torch._foreach_sub(gradient, torch.autograd.grad(loss_fn(behind), behind, materialize_grads=True)), e)
 
 
 def exact_hvp(loss_fn, params):

@@ -473,12 +473,20 @@ def test_fd_is_the_one_sided_difference_of_stated_length_from_the_last_step_to_t
     v = pack(grads(outer(path[3]), path[3]))
     for k in (2, 1, 0):
         e = length / v.norm()
-        moved = move(path[k], e, unpack(v, theta))
-        v = v - 0.2 * (pack(grads(loss(moved), moved)) - pack(inner[k])) / e
+        moved = move(path[k], -e, unpack(v, theta))
+        v = v - 0.2 * (pack(inner[k]) - pack(grads(loss(moved), moved))) / e
     calls = []
     counted = lambda ps: calls.append(1) or loss(ps)
     close(pack(hypergradient("fd", counted, outer, path, 0.2, inner_grads=inner if given else None, **kw)[0]), v, rtol=1e-9, atol=1e-12)
     assert len(calls) == (3 if given else 6)            # the inner loop's gradients are not taken a second time
+
+
+def test_the_error_of_the_finite_difference_lowers_the_curvature_along_v():
+    loss = lambda ps: (ps[0] ** 4).sum() / 12                                   # v H v = (theta v)^2, its gradient 2 theta v^2
+    theta, v = leaves([torch.tensor([1.0, -2.0]).double()]), torch.tensor([0.6, 0.8]).double()
+    h = hypergradient("fd", loss, lambda ps: ps[0] @ v, [theta, theta], 0.1, fd_length=1e-4)[0][0]
+    exact = v - 0.1 * theta[0].detach() ** 2 * v
+    close(h - exact, 0.1 * 1e-4 / 2 * 2 * theta[0].detach() * v ** 2, rtol=1e-3, atol=0)       # a step along -h descends v H v
 
 
 def test_the_task_uses_its_inner_gradients_in_the_finite_differences():
