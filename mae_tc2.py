@@ -43,17 +43,18 @@ from common import (Log, all_reduce_sum, average_gradients, base_parser, fail, g
                     resolve, rng, save_run, set_lr, setup_distributed, training_views, world_size)
 
 SCRIPT, TC2_LR = "mae_tc2", 3e-3                        # alpha_1 .. alpha_4; the paper states none
-ARCHS = {"vit_micro": (96, 4, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}   # width, blocks, heads
+ARCHS = {"vit_micro": (96, 2, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}   # width, blocks, heads
+DECODERS = {"vit_micro": (64, 1), "vit_tiny": (128, 4), "vit_small": (192, 4), "vit_base": (512, 8), "vit_large": (512, 8)}                     # width, blocks
 WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0, 0, 0, 0), jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0,
             mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 AUGMENTATION = {"shapes": [WEAK], "small": [WEAK], "imagenet": [dict(WEAK, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]}     # MAE Section 4: crop and flip
-RECIPES = {     # imagenet: MAE Appendix A, lr = 1.5e-4 per 256 images; small: the same with a patch of 4 and a narrower decoder
-    "shapes": dict(arch="vit_micro", epochs=6, batch_size=64, lr=2e-3, weight_decay=0.05, warmup_epochs=0.5, eval_every=2, views=1, patch_size=4,
-                   norm_pixels=False, decoder_dim=64, decoder_depth=1),
+RECIPES = {     # imagenet: MAE Appendix A, lr = 1.5e-4 per 256 images; small: the same with a patch of 4
+    "shapes": dict(arch="vit_micro", epochs=6, batch_size=16, lr=2e-3, weight_decay=0.05, warmup_epochs=0.5, eval_every=2, views=1, patch_size=4,
+                   norm_pixels=False, position_base=30, tc2_masks=2, tc2_tasks=2),
     "small": dict(arch="vit_tiny", epochs=400, batch_size=512, lr=1e-3, weight_decay=0.05, warmup_epochs=20.0, eval_every=20, views=1, patch_size=4,
-                  norm_pixels=True, decoder_dim=128, decoder_depth=4),
+                  norm_pixels=True, position_base=30, tc2_masks=4, tc2_tasks=4),
     "imagenet": dict(arch="vit_base", epochs=400, batch_size=1024, lr=6e-4, weight_decay=0.05, warmup_epochs=40.0, eval_every=20, views=1, patch_size=16,
-                     norm_pixels=True, decoder_dim=512, decoder_depth=8)}
+                     norm_pixels=True, position_base=1e4, tc2_masks=4, tc2_tasks=4)}
 LIMITS = {"inner_step": (0.1, "the inner step is long beside the weights, it harms above 0.02: lower --inner-lr")}
 
 
@@ -63,8 +64,8 @@ def parse_args(argv=None):
     flag("--mask-ratio", number(float, 0.05, 0.95), "share of the patches that are masked (default: 0.75 as in MAE)", default=0.75)
     p.add_argument("--norm-pixels", action=argparse.BooleanOptionalAction, default=None,
                    help="normalise each target patch, as in MAE (default: yes; not for shapes, whose patches are often noise alone)")
-    flag("--masks", number(int, 1), "m, random masks of each image per step (default: 4; 1 with --baseline)")
-    flag("--tasks", number(int, 1), "K, tasks per batch (default: 4 as in the paper; 1 with --baseline)")
+    flag("--masks", number(int, 1), "m, random masks of each image per step (default: 4, shapes: 2; 1 with --baseline)")
+    flag("--tasks", number(int, 1), "K, tasks per batch (default: 4 as in the paper, shapes: 2; 1 with --baseline)")
     flag("--inner-lr", number(float, 0), "beta_1 of Eq. 6; 0 = no inner loop (default: 0.01)", default=0.01)
     p.add_argument("--second-order", action="store_true", help="differentiate Eq. 7 through Eq. 6 (default: first order)")
     flag("--factors", number(int, 1), "n_f, columns of V (default: d, the paper's best)")
@@ -76,7 +77,9 @@ def parse_args(argv=None):
 
 def check_args(args, data, world):
     """The number of images in one step; settings that do not go together end in `fail`."""
-    args.masks, args.tasks, args.factors = args.masks or (1 if args.baseline else 4), args.tasks or (1 if args.baseline else 4), args.factors or args.decoder_dim
+    args.masks, args.tasks = args.masks or (1 if args.baseline else args.tc2_masks), args.tasks or (1 if args.baseline else args.tc2_tasks)
+    args.decoder_dim, args.decoder_depth = DECODERS[args.arch]
+    args.factors = args.factors or args.decoder_dim
     if args.image_size % args.patch_size:
         fail(f"--patch-size {args.patch_size}: does not divide the image size {args.image_size}")
     patches = (args.image_size // args.patch_size) ** 2
@@ -115,9 +118,10 @@ def random_masks(m, n, patches, generator):
     return torch.rand(m, n, patches, generator=generator).argsort(-1)
 
 
-def sincos_positions(dim, side):
-    """(side^2, dim) fixed positions: a quarter each of sin and cos of y and of x, at frequencies from 1 to 1e-4. [MAE Appendix A]"""
-    omega = 1e4 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+def sincos_positions(dim, side, base=1e4):
+    """(side^2, dim) fixed positions: a quarter each of sin and cos of y and of x, at frequencies from 1 to 1 / base. On a grid of 8 x 8 most of
+    those below 1 / 30 would be constants. [MAE Appendix A]"""
+    omega = base ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     y, x = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
     angles = [position.flatten()[:, None] * omega for position in (y, x)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
@@ -149,11 +153,11 @@ def draw_weights(net):
 class Encoder(nn.Module):
     """ViT with a class token and fixed positions. With `visible` it returns the tokens of these patches alone; without, the features of
     evaluation, (n, d): the mean over the tokens of all patches."""
-    def __init__(self, image_size, patch_size, dim, depth, heads):
+    def __init__(self, image_size, patch_size, dim, depth, heads, position_base=1e4):
         super().__init__()
         self.patch_size = patch_size
         self.patch_embed, self.class_token = nn.Linear(3 * patch_size ** 2, dim), nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.register_buffer("positions", sincos_positions(dim, image_size // patch_size))
+        self.register_buffer("positions", sincos_positions(dim, image_size // patch_size, position_base))
         self.blocks, self.norm = nn.Sequential(*(Block(dim, heads) for _ in range(depth))), nn.LayerNorm(dim, 1e-6)
         draw_weights(self)
 
@@ -171,10 +175,10 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """`embed`: encoder tokens -> (n, 1 + T, d), what TC2 calibrates; `forward` fills in mask tokens and predicts every patch. [MAE Section 3]"""
-    def __init__(self, image_size, patch_size, encoder_dim, dim, depth):
+    def __init__(self, image_size, patch_size, encoder_dim, dim, depth, position_base=1e4):
         super().__init__()
         self.embed, self.mask_token = nn.Linear(encoder_dim, dim), nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.register_buffer("positions", sincos_positions(dim, image_size // patch_size))
+        self.register_buffer("positions", sincos_positions(dim, image_size // patch_size, position_base))
         self.blocks, self.norm = nn.Sequential(*(Block(dim, dim // 32) for _ in range(depth))), nn.LayerNorm(dim, 1e-6)
         self.predict = nn.Linear(dim, 3 * patch_size ** 2)
         draw_weights(self)
@@ -190,8 +194,8 @@ class Decoder(nn.Module):
 def build_nets(args):
     """(ModuleDict of backbone, decoder and f_v, f_w, feature dimension); the autoencoder's weights are drawn first."""
     dim, depth, heads = ARCHS[args.arch]
-    nets = nn.ModuleDict({"backbone": Encoder(args.image_size, args.patch_size, dim, depth, heads),
-                          "decoder": Decoder(args.image_size, args.patch_size, dim, args.decoder_dim, args.decoder_depth)})
+    nets = nn.ModuleDict({"backbone": Encoder(args.image_size, args.patch_size, dim, depth, heads, args.position_base),
+                          "decoder": Decoder(args.image_size, args.patch_size, dim, args.decoder_dim, args.decoder_depth, args.position_base)})
     if not args.baseline:
         nets.update({"factor_net": FactorNet(args.decoder_dim, args.factors), "weight_net": WeightNet(args.decoder_dim, args.factors)})
     return nets, dim

@@ -205,7 +205,7 @@ def test_masks_are_a_function_of_the_generator():
 
 def settings(**kw):
     return Namespace(**{**dict(baseline=False, norm_pixels=True, masks=5, tasks=2, mask_ratio=2 / 3, patch_size=P, image_size=SIZE, inner_lr=0.0, second_order=False,
-                               lambda_s=0.1, calibrate="both", seed=0, bf16=False, lr=1e-3, weight_decay=0.05), **kw})
+                               lambda_s=0.1, calibrate="both", seed=0, bf16=False, lr=1e-3, weight_decay=0.05, position_base=30.0), **kw})
 
 
 def test_drawn_masks_depend_on_seed_and_progress_alone():

@@ -96,7 +96,7 @@ def test_run_leaves_log_checkpoint_backbone_and_picture(script, extra):
     script.main(ENHANCED[script] + ["--out", "r", "--max-steps", "3"] + extra)
     header, *events = rows("r")
     assert header["settings"]["batch_size"] == int(ENHANCED[script][ENHANCED[script].index("--batch-size") + 1]) and header["images"] == 512
-    assert header["parameters"]["backbone"] == (466_176 if script is mae_tc2 else 77_392) and events[-1].keys() > {"step", "knn5"}
+    assert header["parameters"]["backbone"] == (242_496 if script is mae_tc2 else 77_392) and events[-1].keys() > {"step", "knn5"}
     events = [e for e in events if "warning" not in e]
     assert [e["step"] for e in events] == [0, 3, 3] and all(abs(v) < 1e9 for e in events for v in e.values())
     assert {"knn5", "knn200_cosine", "rank_h"} <= events[0].keys() & events[-1].keys() and "raw_pixels_knn5" in events[0]
@@ -314,7 +314,7 @@ def args_for(script, extra):
     if script is byol_gessl:
         args.tasks = 4
     if script is mae_tc2:
-        args.patch_size, args.decoder_dim, args.decoder_depth, args.views, args.norm_pixels = 4, 32, 1, 1, True
+        args.patch_size, args.decoder_dim, args.decoder_depth, args.views, args.norm_pixels, args.position_base = 4, 32, 1, 1, True, 30
     for key, value in script.RECIPES["shapes"].items():
         if getattr(args, key, None) is None and key in ("tasks", "target_steps", "ema_decay", "inner_lr", "lambda_offdiag"):
             setattr(args, key, value)
