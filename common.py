@@ -300,8 +300,12 @@ def normalize(x, mean, std):
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
-# train, test: uint8 (N, 3, S, S), or a list of file names; *_labels: int64 (N,), -1 = none, or None; size: pixels of an image's side
-Data = namedtuple("Data", "name train train_labels test test_labels size")
+# train, test: uint8 (N, 3, S, S), or a list of file names; *_labels: int64 (N,), -1 = none, or None; size: pixels of an image's side;
+# classes: their names, or None; files: names of the training images where they came as files, or None
+Data = namedtuple("Data", "name train train_labels test test_labels size classes files", defaults=(None, None))
+
+
+SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "star", "moon", "stripes", "checks"]
 
 
 def draw_shapes(n, seed):
@@ -357,7 +361,8 @@ def _worker_signals(_):
 
 
 class Files(torch.utils.data.Dataset):
-    """Decodes in workers. views > 0: item (epoch, i) -> that many random crops; views = 0: item i -> the central square."""
+    """Decodes in workers. views > 0: item (epoch, i) -> that many random crops; views = 0: item i -> the central square. With each item comes
+    the index of the file it was read from."""
     def __init__(self, name, paths, size, resize=None, seed=0, views=0, recipe=None):
         self.name, self.paths, self.size, self.resize = name, paths, size, resize
         self.seed, self.views, self.recipe = seed, views, recipe
@@ -372,10 +377,10 @@ class Files(torch.utils.data.Dataset):
                 bad.append(self.paths[i % len(self.paths)])
                 continue
             if not self.views:
-                return fit(image, self.size, self.resize)[None], first, bad
+                return fit(image, self.size, self.resize)[None], i, bad
             boxes = random_boxes(self.views, *image.shape[1:], self.recipe["crop"], self.recipe["ratio"], rng(self.seed, epoch, first))
             crops = [TF.resized_crop(image, *box, [self.size] * 2, antialias=True) for box in boxes.int().tolist()]
-            return torch.stack(crops), first, bad
+            return torch.stack(crops), i % len(self.paths), bad
         return None, first, bad
 
     def batches(self, sampler, workers, device):
@@ -401,11 +406,17 @@ def squares(name, images, size, workers, device, resize=None, batch=512):
         yield from ((x[0], i) for x, i in Files(name, images, size, resize).batches(chunks, workers, device))
 
 
+def decode_all(name, paths, size, workers):
+    """(uint8 (n, 3, S, S), their n indices) of the files that can be decoded; ([], []) for none."""
+    chunks = list(squares(name, paths, size, workers, torch.device("cpu")))
+    return torch.cat([x for x, _ in chunks]) if chunks else [], [i for _, index in chunks for i in index]
+
+
 def _load_torchvision(name):
     sets, root = torchvision.datasets, ".data"
     if name == "fake":
         pair = [sets.FakeData(n, (3, 32, 32), 10, random_offset=o) for n, o in ((512, 0), (128, 512))]
-        return [(torch.stack([TF.pil_to_tensor(x) for x, _ in s]), torch.tensor([int(y) for _, y in s])) for s in pair]
+        return [(torch.stack([TF.pil_to_tensor(x) for x, _ in s]), torch.tensor([int(y) for _, y in s])) for s in pair], list("0123456789")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local > 0:
         dist.barrier()                                                                  # the first process of a machine downloads
@@ -418,15 +429,15 @@ def _load_torchvision(name):
     if local == 0 and world_size() > 1:
         dist.barrier()
     return [(torch.as_tensor(s.data if name == "stl10" else s.data.transpose(0, 3, 1, 2)).contiguous(),
-             torch.as_tensor(s.labels if name == "stl10" else s.targets).long()) for s in pair]
+             torch.as_tensor(s.labels if name == "stl10" else s.targets).long()) for s in pair], pair[0].classes
 
 
 def _list_folder(name):
-    """[(train files, labels), (test files, labels)]; labels are None and the test part is empty for a folder without classes."""
+    """([(train files, labels), (test files, labels)], classes); labels and classes are None, the test part empty for a folder without classes."""
     train_dir, test_dirs = os.path.join(name, "train"), [d for s in ("val", "test") if os.path.isdir(d := os.path.join(name, s))]
     if not os.path.isdir(train_dir) and not test_dirs:
         files = sorted(os.path.join(root, f) for root, _, names in os.walk(name, followlinks=True) for f in names)
-        return [([f for f in files if f.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)], None), ([], None)]
+        return [([f for f in files if f.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)], None), ([], None)], None
     if not os.path.isdir(train_dir):
         fail(f"--data {name}: has {test_dirs[0]} but no train/ folder")
     if not test_dirs:
@@ -438,37 +449,39 @@ def _list_folder(name):
     if train.classes != test.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
         fail(f"--data {name}: {train_dir} and {test_dirs[0]} must have the same class folders; only one of them has {odd}")
-    return [([f for f, _ in s.samples], torch.tensor(s.targets)) for s in (train, test)]
+    return [([f for f, _ in s.samples], torch.tensor(s.targets)) for s in (train, test)], train.classes
 
 
 def load_data(name, image_size=None, workers=0):
     """Everything that --data can name, as Data. Bad input ends in `fail`."""
+    files = None
     if name == "shapes":
-        sets = [draw_shapes(4000, 1), draw_shapes(1000, 2)]
+        sets, classes = [draw_shapes(4000, 1), draw_shapes(1000, 2)], SHAPES
     elif name in ("cifar10", "cifar100", "stl10", "fake"):
-        sets = _load_torchvision(name)
+        sets, classes = _load_torchvision(name)
     elif not os.path.isdir(name):
         fail(f"--data {name}: no such folder, and not one of shapes, cifar10, cifar100, stl10, fake")
     else:
-        sets, shapes = _list_folder(name), []
+        (sets, classes), shapes = _list_folder(name), []
+        files = sets[0][0]
         for path in sets[0][0][::max(1, len(sets[0][0]) // 16)][:16]:
             with contextlib.suppress(OSError):                                  # a bad file is named, and counted, when all are read
                 shapes.append(decode(path).shape[-2:])
         if not shapes:
             fail(f"--data {name}: no images in it" if not sets[0][0] else f"--data {name}: cannot decode {sets[0][0][0]}")
         if max(map(max, shapes)) > SMALL:
-            return Data(name, *sets[0], *sets[1], max(SMALL + 1, min(map(min, shapes))))
-        for split, (files, labels) in enumerate(sets):
-            chunks = list(squares(name, files, image_size or min(map(min, shapes)), workers, torch.device("cpu")))
-            kept = [i for _, index in chunks for i in index]
-            sets[split] = torch.cat([x for x, _ in chunks]) if chunks else files, labels if labels is None else labels[kept]
+            return Data(name, *sets[0], *sets[1], max(SMALL + 1, min(map(min, shapes))), classes, files)
+        for split, (paths, labels) in enumerate(sets):
+            x, kept = decode_all(name, paths, image_size or min(map(min, shapes)), workers)
+            sets[split] = x, labels if labels is None else labels[kept]
+            files = files if split else [paths[i] for i in kept]
     size = image_size or sets[0][0].shape[-1]
-    return Data(name, *(part for x, labels in sets for part in (fit(x, size) if len(x) else x, labels)), size)
+    return Data(name, *(part for x, labels in sets for part in (fit(x, size) if len(x) else x, labels)), size, classes, files)
 
 
-def training_views(data, recipes, image_size, batch_size, seed, rank, world, device, workers, start, stop):
+def training_views(data, recipes, image_size, batch_size, seed, rank, world, device, workers, start, stop, labelled=False):
     """Yield, for each step in [start, stop), one augmented view per recipe of this process's share of the batch: a list of
-    (n, 3, S, S) floats. Order = f(seed, epoch), crops of files = f(seed, epoch, image), all else = f(seed, step, view)."""
+    (n, 3, S, S) floats; labelled: (that list, their labels (n,)). Order = f(seed, epoch), crops of files = f(seed, epoch, image), all else = f(seed, step, view)."""
     per_epoch, n = len(data.train) // batch_size, batch_size // world
     share, layout = slice(rank * n, (rank + 1) * n), torch.channels_last if device.type == "cuda" else torch.contiguous_format
     def indices():
@@ -479,13 +492,14 @@ def training_views(data, recipes, image_size, batch_size, seed, rank, world, dev
             yield epoch, order[i * batch_size:(i + 1) * batch_size][share]
     if torch.is_tensor(data.train):
         images = data.train.to(device)
-        batches = ([images[i.to(device)]] * len(recipes) for _, i in indices())
+        batches = (([images[i.to(device)]] * len(recipes), i) for _, i in indices())
     else:
         files = Files(data.name, data.train, image_size, None, seed, len(recipes), recipes[0])
-        batches = (x for x, _ in files.batches(([(epoch, i) for i in index.tolist()] for epoch, index in indices()), workers, device))
-    for step, views in enumerate(batches, start):
-        yield [augment(x, recipe, rng(seed, step, v, 0), image_size, torch.is_tensor(data.train), share, batch_size).contiguous(memory_format=layout)
+        batches = files.batches(([(epoch, i) for i in index.tolist()] for epoch, index in indices()), workers, device)
+    for step, (views, index) in enumerate(batches, start):
+        views = [augment(x, recipe, rng(seed, step, v, 0), image_size, torch.is_tensor(data.train), share, batch_size).contiguous(memory_format=layout)
                for v, (x, recipe) in enumerate(zip(views, recipes))]
+        yield (views, data.train_labels[index].to(device, non_blocking=True)) if labelled else views
 
 
 # ---- backbones ------------------------------------------------------------------------------------------------------
@@ -512,7 +526,7 @@ def extract_features(backbone, images, size, mean, std, workers, device, name=""
     """(features (n, d) float32 on `device`, indices (n,) of the images they belong to) of a frozen backbone, without augmentation."""
     was_training, found, kept = backbone.training, [], []
     backbone.eval()
-    for x, index in squares(name, images, size, workers, device, None if torch.is_tensor(images) else round(size * 256 / 224)):
+    for x, index in squares(name, images, size, workers, device, round(size * 256 / 224) if size > SMALL else None):
         found.append(backbone(normalize(x.float() / 255, mean, std)).float())
         kept += index
     backbone.train(was_training)

@@ -1,4 +1,4 @@
-"""Benchmarks, never timed tests: python tests/bench.py [augment] [decode] [step] [hypergrad]
+"""Benchmarks, never timed tests: python tests/bench.py [augment] [decode] [step] [hypergrad] [masks] [probe]
 
 Every figure is a ratio of two things measured alternately in this run, so that a busy machine disturbs both alike: median over rounds,
 with the spread. augment and decode use one thread: images per second and core.
@@ -17,6 +17,8 @@ from torchvision import transforms as T
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import byol_gessl
 import common
+import eval_linear
+import mae_tc2
 import simclr_tc2
 
 
@@ -173,11 +175,32 @@ def hypergrad(rounds, argv):
                   f"time {time:.2f} ({spread[0]:.2f} to {spread[1]:.2f}), memory {memory / exact[1]:.2f}; one pass {peak_memory(one_pass) / 2**20:.1f} MiB")
 
 
+def masks(rounds):
+    """A forward and backward pass of MAE's encoder on the visible quarter of the patches, against all of them."""
+    torch.set_num_threads(2)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for arch, size, patch, n in (("vit_tiny", 32, 4, 64), ("vit_base", 224, 16, 4)):
+        encoder, x = mae_tc2.Encoder(size, patch, *mae_tc2.ARCHS[arch]).to(device), torch.randn(n, 3, size, size, device=device)
+        order = mae_tc2.random_masks(1, n, (size // patch) ** 2, torch.Generator().manual_seed(0))[0].to(device)
+        passes = lambda visible: lambda: encoder.tokens(x, visible).square().mean().backward()
+        whole, part, ratio, spread = alternate(passes(None), passes(order[:, :mae_tc2.visible_patches(order.shape[1], 0.75)]), rounds)
+        print(f"masks {arch}, {order.shape[1]} patches   all {1e3 * whole:8.1f} ms   visible quarter {1e3 * part:8.1f} ms   {ratio:5.2f}x ({spread[0]:.2f} to {spread[1]:.2f})")
+
+
+def probe(rounds, n=50_000, d=512):
+    """The 500-epoch linear probe and the k-NN of eval_linear.py on features as large as CIFAR-10's with ResNet-18; a fiftieth of the epochs is timed."""
+    torch.set_num_threads(2)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, y = torch.randn(n, d, device=device), torch.randint(0, 10, (n,), device=device)
+    tuned, searched, _, _ = alternate(lambda: eval_linear.fit_probes(x, y, 10, [(1e-2, 5e-6)], 10, 0), lambda: eval_linear.knn((x, y), (x[:2000], y[:2000]), [5, 200]), max(1, rounds // 3))
+    print(f"probe {n} x {d}: 500 epochs {50 * tuned:.1f} s; k-NN (5 and 200, both metrics) of 10,000 queries {5 * searched:.1f} s")
+
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="*", choices=["augment", "decode", "step", "hypergrad", []], metavar="augment|decode|step|hypergrad")
+    p.add_argument("what", nargs="*", choices=["augment", "decode", "step", "hypergrad", "masks", "probe", []], metavar="augment|decode|step|hypergrad|masks|probe")
     p.add_argument("--rounds", type=int, default=9)
     args, rest = p.parse_known_args()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")
-    for what in args.what or ("augment", "decode", "step", "hypergrad"):
-        {"step": step, "hypergrad": hypergrad}[what](args.rounds, rest) if what in ("step", "hypergrad") else {"augment": augment, "decode": decode}[what](args.rounds)
+    for what in args.what or ("augment", "decode", "step", "hypergrad", "masks", "probe"):
+        {"step": step, "hypergrad": hypergrad}[what](args.rounds, rest) if what in ("step", "hypergrad") else {"augment": augment, "decode": decode, "masks": masks, "probe": probe}[what](args.rounds)

@@ -93,7 +93,7 @@ def test_tc2_carries_another_base_loss():
 
 
 # ---- the frozen probe -----------------------------------------------------------------------------------------------
-PROBE = types.SimpleNamespace(probe_epochs=1500, seed=0)
+PROBE = types.SimpleNamespace(probe_epochs=1500, seed=0, sweep=False)
 
 
 def clusters(n, classes=6, spread=0.3, seed=0):
@@ -104,7 +104,7 @@ def clusters(n, classes=6, spread=0.3, seed=0):
 def test_probe_is_full_on_separable_clusters_and_chance_on_random_labels():
     train_set, test_set = clusters(600), clusters(300, seed=1)
     found = eval_linear.linear(train_set, test_set, PROBE)
-    assert found["top1"] == found["top5"] == found["train_top1"] == 100 and eval_linear.knn(train_set, test_set, PROBE)["k5_euclidean"] == 100
+    assert found["top1"] == found["top5"] == found["train_top1"] == 100 and eval_linear.knn(train_set, test_set)["k5_euclidean"] == 100
     noise = lambda y, seed: y[torch.randperm(len(y), generator=common.rng(seed))]
     chance = eval_linear.linear((train_set[0], noise(train_set[1], 2)), (test_set[0], noise(test_set[1], 3)), PROBE)
     assert abs(chance["top1"] - 100 / 6) < 4 * 100 * (5 / 36 / 300) ** 0.5
@@ -121,13 +121,21 @@ def test_probe_agrees_with_logistic_regression_solved_to_the_end():
         return loss
     opt.step(closure)
     reference = 100 * (solved(test_x).argmax(1) == test_y).float().mean().item()
-    assert 60 < reference < 99 and abs(eval_linear.linear((x, y), (test_x, test_y), types.SimpleNamespace(probe_epochs=4000, seed=0))["top1"] - reference) < 1
+    assert 60 < reference < 99 and abs(eval_linear.linear((x, y), (test_x, test_y), types.SimpleNamespace(probe_epochs=4000, seed=0, sweep=False))["top1"] - reference) < 1
 
 
 def test_test_labels_change_nothing_but_the_score():
     train_set, (x, y) = clusters(300, spread=2.0), clusters(200, spread=2.0, seed=1)
-    a, b = (eval_linear.linear(train_set, (x, labels), PROBE) for labels in (y, y.flip(0)))
-    assert a["train_top1"] == b["train_top1"] and a["top1"] != b["top1"]
+    for args in (PROBE, types.SimpleNamespace(probe_epochs=20, seed=0, sweep=True)):
+        a, b = (eval_linear.linear(train_set, (x, labels), args) for labels in (y, y.flip(0)))
+        assert a["top1"] != b["top1"] and all(a[k] == b[k] for k in a if k not in ("top1", "top5"))
+
+
+def test_sweep_chooses_on_held_out_training_images_and_prints_the_grid(capsys):
+    train_set, test_set = clusters(600, spread=2.5), clusters(2000, spread=2.5, seed=1)
+    found = eval_linear.linear(train_set, test_set, types.SimpleNamespace(probe_epochs=3, seed=0, sweep=True))
+    scores = {tuple(float(line.split()[i]) for i in (2, 5)): float(line.split()[6]) for line in capsys.readouterr().out.splitlines()}
+    assert len(scores) == len(eval_linear.PROBE_GRID) and scores[found["lr"], found["weight_decay"]] == max(scores.values()) > min(scores.values())
 
 
 def test_a_frozen_protocol_leaves_the_backbone_alone_to_the_bit():

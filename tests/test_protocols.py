@@ -1,0 +1,245 @@
+"""eval_linear.py as a command: every protocol on a run of every script, data from two places, domains, labels, cache, bad input."""
+import glob
+import json
+import os
+import re
+import shutil
+import types
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import common
+import eval_linear
+import barlow_sparsehead
+import mae_tc2
+import simclr_tc2
+from conftest import ROOT
+from test_runs import ENHANCED, QUICK, each_script, elsewhere, image_folder, write_png                          # noqa: F401 (elsewhere is a fixture)
+
+SHORT = ["--probe-epochs", "2", "--tune-epochs", "1", "--label-fraction", "0.1", "1", "--episodes", "20", "--shot", "1", "--queries", "3", "--task-size", "16"]
+
+
+def make_run(out="r", arch="resnet_tiny", size=20, seed=0):
+    torch.manual_seed(seed)
+    os.makedirs(out)
+    backbone, _ = common.make_backbone(arch, size)
+    common.save(f"{out}/backbone.pt", {"arch": arch, "image_size": size, "small_images": True, "mean": (0.5,) * 3, "std": (0.25,) * 3, "state_dict": backbone.state_dict()})
+    return out
+
+
+def results(out="r"):
+    with open(f"{out}/eval.json") as file:
+        return json.load(file)["results"]
+
+
+def values(protocol, out="r"):
+    return {r["metric"]: r["value"] for r in results(out) if r["protocol"] == protocol}
+
+
+def plain_folder(path, colours, n=8):
+    """Class folders of one colour each, with a little noise: {class: grey level}."""
+    for c, level in colours.items():
+        os.makedirs(f"{path}/{c}")
+        for i in range(n):
+            noise = torch.randint(-5, 5, (3, 20, 20), generator=common.rng(c, i))
+            write_png((noise + level).clamp(0, 255).byte(), f"{path}/{c}/{i}.png")
+    return str(path)
+
+
+def stops(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        eval_linear.main(argv)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+@each_script
+def test_every_protocol_on_a_run_with_picture(script, capsys):
+    script.main(ENHANCED[script] + ["--out", "r", "--max-steps", "1"])
+    with open("r/backbone.pt", "rb") as file:
+        before = file.read()
+    capsys.readouterr()
+    eval_linear.main(["r", *SHORT, "--protocol", *eval_linear.PROTOCOLS])
+    out, found = capsys.readouterr().out, results()
+    assert {r["protocol"] for r in found} == set(eval_linear.PROTOCOLS) and all(r["data"] == "fake" and (r["train_images"], r["test_images"]) == (512, 128) for r in found)
+    head, line, row = out.splitlines()[-3:]
+    assert head.count("|") == line.count("|") == row.count("|") and row.startswith("| r | fake |") and "±" in row
+    assert all(f"{r['value']:.2f}" in row for r in found)
+    with_projector = script.__name__ != "mae_tc2"
+    assert ("embedding" in values("sigma")) == ("embedding_rank" in values("spectrum")) == ("embedding" in values("distance-ratio")) == with_projector
+    assert values("sigma")["log_n"] == pytest.approx(torch.tensor(16.0).log().item(), abs=1e-3)
+    images = {k: v for k, v in values("finetune").items() if k.endswith("images")}
+    assert images == {"10%_images": sum(round(0.1 * n) for n in common.load_data("fake").train_labels.bincount().tolist()), "100%_images": 512}
+    for picture in ("spectrum", "pca", *(["conflict"] if script is simclr_tc2 else [])):
+        assert torchvision.io.read_image(f"r/{picture}.png").float().std() > 10
+    with open("r/backbone.pt", "rb") as file:
+        assert file.read() == before
+
+
+def test_features_are_computed_once_and_again_for_other_weights_or_data(monkeypatch, capsys):
+    make_run()
+    folder, calls, real = image_folder("d"), [], eval_linear.extract_features
+    monkeypatch.setattr(eval_linear, "extract_features", lambda *args: calls.append(1) or real(*args))
+    def count(run, *extra):
+        calls.clear()
+        eval_linear.main([run, "--protocol", "knn", "--k", "1", *extra])
+        return len(calls)
+    assert count("r", "--data", folder) == 2 and count("r", "--data", folder) == 0 and len(glob.glob("r/features/*.pt")) == 2
+    first = values("knn")
+    assert count("r", "--data", image_folder("e", seed=5)) == 2 and count("r", "--data", folder) == 0
+    assert values("knn")["k1_euclidean"] == first["k1_euclidean"] and {r["data"] for r in results()} == {"d", "e"}       # results of both are kept
+    shutil.copytree("r/features", "q/features")
+    make_run("s", seed=1)
+    shutil.copytree("r/features", "s/features")
+    assert count("s", "--data", folder) == 2                                                                    # another backbone: another key
+
+
+def test_several_runs_of_a_protocol_replace_their_own_rows_only():
+    make_run()
+    folder = image_folder("d")
+    for protocol in (["knn"], ["linear"], ["linear", "--seed", "1"]):
+        eval_linear.main(["r", "--data", folder, "--probe-epochs", "2", "--k", "1", "--protocol", *protocol])
+    found = results()
+    assert len({(r["protocol"], r["metric"]) for r in found}) == len(found) and {r["seed"] for r in found if r["protocol"] == "linear"} == {1}
+
+
+def test_embedding_is_what_the_projector_makes_of_the_features():
+    barlow_sparsehead.main(ENHANCED[barlow_sparsehead] + ["--out", "r", "--max-steps", "1", "--dim", "8"])
+    eval_linear.main(["r", "--protocol", "knn", "--on", "embedding", "--k", "3"])
+    with open("r/log.jsonl") as file:
+        nets = barlow_sparsehead.build_nets(types.SimpleNamespace(**json.loads(file.readline())["settings"]))[0].eval()
+    nets.load_state_dict(torch.load("r/last.pt", weights_only=True)["nets"])
+    data, recipe = common.load_data("fake"), barlow_sparsehead.AUGMENTATION["small"][0]
+    with torch.no_grad():
+        train, test = (nets["projector"](nets["backbone"](common.normalize(x.float() / 255, recipe["mean"], recipe["std"]))) for x in (data.train, data.test))
+    right = common.knn_accuracy(train, data.train_labels, test, data.test_labels, k=3)
+    assert values("knn (embedding)")["k3_euclidean"] == pytest.approx(right, abs=0.8)                               # one image of 128
+
+
+# ---- data from two places -------------------------------------------------------------------------------------------
+def test_training_and_test_data_may_be_two_folders():
+    make_run()
+    light = plain_folder("a", {"bright": 220, "dark": 30})
+    plain_folder("b/test", {"bright": 200, "dark": 50})
+    eval_linear.main(["r", "--train-data", light, "--test-data", "b/test", "--protocol", "knn", "linear", "--k", "1", "--probe-epochs", "300"])
+    assert values("knn")["k1_euclidean"] == values("linear")["top1"] == 100 and results()[0]["data"] == "a -> b/test"
+
+
+def test_leaving_one_domain_out_gives_every_domain_the_average_and_the_worst():
+    make_run()
+    for name, colours in (("photo", {"x": 220, "y": 30}), ("sketch", {"x": 200, "y": 50}), ("odd", {"x": 5, "y": 250})):         # in `odd` the classes are swapped
+        plain_folder(f"d/{name}", colours)
+    eval_linear.main(["r", "--domains", "d", "--protocol", "knn", "--k", "1"])
+    found = {k.removeprefix("k1_euclidean_"): v for k, v in values("knn").items() if k.startswith("k1_euclidean_")}
+    assert found["odd"] == found["worst"] == 0 and found["average"] == pytest.approx((found["photo"] + found["sketch"]) / 3, abs=1e-3) and set(found) == {
+        "photo", "sketch", "odd", "average", "worst"}
+    assert found["photo"] + found["sketch"] > 0                                         # the other domain helps, the odd one misleads
+
+
+def test_bad_data_gives_one_sentence(capsys):
+    make_run()
+    plain_folder("a", {"x": 220, "y": 30})
+    plain_folder("b", {"x": 220, "z": 30})
+    plain_folder("d/one", {"x": 220, "y": 30})
+    image_folder("t")
+    os.makedirs("empty/x")
+    shutil.copytree("t/train/a", "bare")
+    before = sorted(glob.glob("**", recursive=True))
+    for argv, words in ((["--train-data", "a", "--test-data", "b"], ("a and b", "y", "z")), (["--train-data", "a"], ("--test-data",)), (["--domains", "d"], ("--domains d", "1 domains")),
+                        (["--domains", "none"], ("--domains none",)), (["--domains", "d", "--protocol", "sigma"], ("--domains", "sigma")), (["--data", "t", "--domains", "d"], ("choose one",)),
+                        (["--data", "empty"], ("empty",)), (["--data", "bare"], ("bare",)), ([], ("--data",)), (["--data", "t", "--on", "embedding"], ("--on embedding", "projector")),
+                        (["--data", "t", "--protocol", "fewshot"], ("--way 5",)), (["--data", "t", "--protocol", "sigma"], ("--task-size 64",)),
+                        (["--data", "t", "--protocol", "finetune", "--label-list", "none.txt"], ("--label-list none.txt",)), (["--data", "t", "--label-fraction", "2"], ("'2'",)),
+                        (["--data", "t", "--protocol", "adaptation", "--overlay", "q"], ("--overlay q", "eval.json"))):
+        err = stops(["r", *argv], capsys)
+        assert all(word in err for word in words), err
+        shutil.rmtree("r/features", ignore_errors=True)                                 # computed before a protocol refuses
+        assert sorted(glob.glob("**", recursive=True)) == before
+
+
+# ---- fine-tuning ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch", ["resnet_tiny", "vit_micro"])
+def test_finetuning_learns_what_frozen_random_features_do_not_need_to_know(arch, capsys):
+    if arch == "vit_micro":
+        torch.manual_seed(0)
+        os.makedirs("r")
+        common.save("r/backbone.pt", {"arch": arch, "image_size": 20, "small_images": True, "mean": (0.5,) * 3, "std": (0.25,) * 3,
+                                      "state_dict": mae_tc2.Encoder(20, 5, *mae_tc2.ARCHS[arch]).state_dict()})
+    else:
+        make_run()
+    for split in ("train", "test"):
+        plain_folder(f"d/{split}", {"x": 150, "y": 110}, n=32)
+    with open("list.txt", "w") as file:
+        file.write("\n".join(f"{c}/{i}.png" for c in "xy" for i in range(0, 32, 2)))
+    eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-list", "list.txt", "--tune-epochs", "100"])
+    assert values("finetune") == {"list_top1": 100, "list_top5": 100, "list_images": 32}
+    eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-fraction", "0.5", "--tune-epochs", "1", "--sweep"])
+    assert values("finetune")["50%_images"] == 32 and values("finetune")["50%_lr_scale"] in eval_linear.TUNE_GRID
+    assert capsys.readouterr().out.count("held out") == len(eval_linear.TUNE_GRID)
+
+
+def test_labels_go_with_their_images_whatever_the_order_and_the_bad_files():
+    files = [f"{c}/{i}.png" for c in "ab" for i in range(6)]
+    plain_folder("d", {"a": 250, "b": 5}, n=6)
+    with open("d/a/2.png", "wb") as file:
+        file.write(b"no")
+    recipe = dict(simclr_tc2.AUGMENTATION["small"][0], jitter_p=0, mean=(0,) * 3, std=(1,) * 3, gray_p=0)
+    labels = torch.arange(12) // 6
+    images = torch.stack([torch.full((3, 20, 20), 250 - 245 * int(y), dtype=torch.uint8) for y in labels])
+    for source in (images, ["d/" + f for f in files]):
+        data, seen = common.Data("d", source, labels, [], None, 20), []
+        common_limit, common.BAD_FRACTION = common.BAD_FRACTION, 1
+        try:
+            for (x,), y in common.training_views(data, [recipe], 20, 5, 3, 0, 1, torch.device("cpu"), 0, 0, 6, labelled=True):
+                assert torch.equal((x.mean((1, 2, 3)) < 0.5).long(), y)
+                seen += y.tolist()
+        finally:
+            common.BAD_FRACTION = common_limit
+        assert set(seen) == {0, 1} and len(seen) == 30
+
+
+# ---- adaptation, conflict -------------------------------------------------------------------------------------------
+def test_adaptation_gains_on_its_task_and_compares_two_runs():
+    for name, seed in (("r", 0), ("q", 1)):
+        make_run(name, seed=seed)
+    folder = image_folder("d", n=40)
+    eval_linear.main(["q", "--data", folder, "--protocol", "adaptation", "--task-size", "16", "--inner-lr", "0"])
+    still = values("adaptation", "q")
+    assert still["before"] == still["after"]
+    eval_linear.main(["q", "--data", folder, "--protocol", "adaptation", "--task-size", "16"])
+    eval_linear.main(["r", "--data", folder, "--protocol", "adaptation", "--task-size", "16", "--overlay", "q"])
+    found = values("adaptation")
+    assert found["r_q"] == pytest.approx(values("adaptation", "q")["after"] / found["after"], rel=1e-3) and found["after"] != found["before"]
+
+
+def test_conflict_is_one_of_equal_halves(monkeypatch):
+    make_run()
+    folder = image_folder("d", n=40)
+    real = eval_linear.task_views
+    monkeypatch.setattr(eval_linear, "task_views", lambda *a: ([torch.cat([v[:8], v[:8]]) for v in views] for views in real(*a)))
+    eval_linear.main(["r", "--data", folder, "--protocol", "conflict", "--task-size", "16"])
+    found = values("conflict")
+    assert found["cosine"] == pytest.approx(1, abs=1e-3) and found["negative_share"] == 0
+
+
+# ---- other people's tools -------------------------------------------------------------------------------------------
+def test_detection_recipe_of_the_readme_trains_a_step(monkeypatch):
+    """Run the README's own text on a saved ResNet-50, with small images to be quick."""
+    with open(f"{ROOT}/README.md") as file:
+        recipe = next(block for block in re.findall(r"```python\n(.*?)```", file.read(), re.S) if "detection" in block)
+    net = torchvision.models.resnet50()
+    net.fc = nn.Identity()
+    os.makedirs("runs/simclr_tc2")
+    torch.save({"arch": "resnet50", "image_size": 224, "small_images": False, "mean": (0.48, 0.46, 0.41), "std": (0.23, 0.22, 0.23), "state_dict": net.state_dict()}, "runs/simclr_tc2/backbone.pt")
+    scope = {"torch": torch, "torchvision": torchvision, "images": [torch.rand(3, 64, 80), torch.rand(3, 72, 64)],
+             "targets": [{"boxes": torch.tensor([[4.0, 6, 40, 50]]), "labels": torch.tensor([1])}, {"boxes": torch.tensor([[1.0, 2, 30, 60], [20.0, 8, 60, 40]]), "labels": torch.tensor([2, 1])}]}
+    exec(recipe.replace("min_size=800", "min_size=64").replace("max_size=1333", "max_size=96"), scope)
+    model = scope["model"]
+    body = dict(model.backbone.body.named_parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in body.items() if n.startswith("layer4"))
+    assert not torch.equal(body["layer4.2.conv3.weight"], net.layer4[2].conv3.weight) and torch.equal(body["conv1.weight"], net.conv1.weight)     # trained, frozen stem loaded
+    torch.testing.assert_close(model.backbone.body.state_dict()["layer2.0.bn1.running_var"], net.state_dict()["layer2.0.bn1.running_var"])
