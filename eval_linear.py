@@ -22,7 +22,7 @@
 
 RUN is a folder with backbone.pt, see README. Features (of a ViT: the mean over all patch tokens) are computed once without augmentation and kept in RUN/features under a key of
 backbone and data. Test labels are used for the printed number alone; --sweep chooses on a part of the training set. Results go to stdout as a table and a
-Markdown row, and to RUN/eval.json, where other protocols' and other data's rows are kept. Whatever the protocol, the backbone and its
+Markdown row, and to RUN/eval.json, where rows of other protocols, metrics and data are kept, each with its command. Whatever the protocol, the backbone and its
 BatchNorm statistics are checked to be bit-identical before and after: fine-tuning and inner steps work on copies.
 """
 import argparse
@@ -32,6 +32,8 @@ import importlib
 import json
 import math
 import os
+import shlex
+import sys
 import time
 from collections import namedtuple
 from types import SimpleNamespace
@@ -423,8 +425,8 @@ def pca(job):
     x, y = (t[:: max(1, len(t) // 2000)].cpu() for t in job.features[1])
     points, share = pca_plane(x)
     (axis,), finish = figure_of(1)
-    for c in y.unique()[:10].tolist():
-        axis.scatter(*points[y == c].T, s=6, alpha=0.7, label=str(job.test.classes[c]))
+    for c, marker in zip(y.unique().tolist(), "os^vD<>PX*"):
+        axis.scatter(*points[y == c].T, s=9, alpha=0.6, marker=marker, label=str(job.test.classes[c]))
     axis.set(title=run_name(job.args.run), xlabel=f"first axis, {100 * share[0]:.0f} % of the variance", ylabel=f"second axis, {100 * share[1]:.0f} %")
     axis.legend(fontsize="small", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
     finish(os.path.join(job.args.run, "pca.png"))
@@ -657,15 +659,16 @@ def main(argv=None):
     print(f"{args.run} on {job.name}: {images[0]} training and {images[1]} test images" if not job.domains else f"{args.run} on {len(job.domains)} domains of {job.name}")
     rows = []
     for protocol in args.protocol:
-        begun, label = time.perf_counter(), protocol + " (embedding)" * (args.on == "embedding" and protocol in ("linear", "knn", "fewshot"))
+        label = protocol + " (embedding)" * (args.on == "embedding" and protocol in ("linear", "knn", "fewshot")) + " (sweep)" * (args.sweep and protocol in ("linear", "finetune"))
+        begun = time.perf_counter()
         rows += [{"data": job.name, "protocol": label, "metric": metric, "value": round(value, 4)} for metric, value in PROTOCOLS[protocol](job).items()]
         rows[-1]["seconds"] = round(time.perf_counter() - begun, 1)
         if not all(torch.equal(v, job.frozen[k]) for k, v in job.backbone.state_dict().items()):
             raise AssertionError(f"{protocol} has changed the backbone")
     show(run_name(args.run), job.name, rows)
-    path, new = os.path.join(args.run, "eval.json"), {(r["data"], r["protocol"]) for r in rows}
-    rows = [r | {"train_images": images[0], "test_images": images[1], "seed": args.seed} for r in rows]
-    kept = [r for r in read_json(path)["results"] if (r.get("data"), r["protocol"]) not in new] if os.path.isfile(path) else []
+    key, path = lambda r: (r.get("data"), r["protocol"], r["metric"]), os.path.join(args.run, "eval.json")
+    rows = [r | {"train_images": images[0], "test_images": images[1], "command": shlex.join(["eval_linear.py", *(sys.argv[1:] if argv is None else argv)])} for r in rows]
+    kept = [r for r in read_json(path)["results"] if key(r) not in set(map(key, rows))] if os.path.isfile(path) else []
     save_text(path, json.dumps({"arch": job.state["arch"], "results": kept + rows}, indent=1))
 
 

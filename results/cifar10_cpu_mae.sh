@@ -11,10 +11,9 @@ declare -A rows=(
   [mae_2masks]="--baseline --masks 2 --epochs 3"
   [mae_equal_passes]="--baseline --epochs 11"
   [mae_tc2]="$tc2"
-  [mae_tc2_inner0]="$tc2 --inner-lr 0"
   [mae_tc2_no_calibration]="$tc2 --calibrate none"
 )
-for row in "${@:-mae mae_2masks mae_equal_passes mae_tc2 mae_tc2_inner0 mae_tc2_no_calibration}"; do
+for row in "${@:-mae mae_2masks mae_equal_passes mae_tc2 mae_tc2_no_calibration}"; do
   for name in $row; do
     python mae_tc2.py $common ${rows[$name]} --out "$out/$name"
     python eval_linear.py "$out/$name"

@@ -80,6 +80,15 @@ def test_every_protocol_on_a_run_with_picture(script, capsys):
         assert file.read() == before
 
 
+@pytest.mark.parametrize("spoil", [lambda net: net[0][1].running_mean.add_(1e-3), lambda net: net[1].conv1.weight.mul_(1.001)])
+def test_a_protocol_that_changes_the_backbone_ends_the_evaluation(spoil, monkeypatch):
+    make_run()
+    monkeypatch.setitem(eval_linear.PROTOCOLS, "pca", lambda job: spoil(job.backbone) is None or {"x": 1})
+    with pytest.raises(AssertionError, match="pca has changed the backbone"):
+        eval_linear.main(["r", "--data", image_folder("d"), "--protocol", "pca"])
+    assert not os.path.exists("r/eval.json")
+
+
 def test_features_are_computed_once_and_again_for_other_weights_or_data(monkeypatch, capsys):
     make_run()
     folder, calls, real = image_folder("d"), [], eval_linear.extract_features
@@ -98,13 +107,14 @@ def test_features_are_computed_once_and_again_for_other_weights_or_data(monkeypa
     assert count("s", "--data", folder) == 2                                                                    # another backbone: another key
 
 
-def test_several_runs_of_a_protocol_replace_their_own_rows_only():
+def test_a_call_replaces_the_same_measurements_only_and_says_how_each_was_made():
     make_run()
     folder = image_folder("d")
-    for protocol in (["knn"], ["linear"], ["linear", "--seed", "1"]):
-        eval_linear.main(["r", "--data", folder, "--probe-epochs", "2", "--k", "1", "--protocol", *protocol])
-    found = results()
-    assert len({(r["protocol"], r["metric"]) for r in found}) == len(found) and {r["seed"] for r in found if r["protocol"] == "linear"} == {1}
+    for protocol in ("knn --k 1", "linear", "linear --seed 1", "knn --k 2", "linear --sweep"):
+        eval_linear.main(["r", "--data", folder, "--probe-epochs", "2", "--protocol", *protocol.split()])
+    found = {(r["protocol"], r["metric"]): r for r in results()}
+    assert len(found) == len(results()) and {m for p, m in found if p == "knn"} == {f"k{k}_{m}" for k in (1, 2) for m in ("euclidean", "cosine")}
+    assert found["linear", "top1"]["command"].endswith("--protocol linear --seed 1") and "--sweep" in found["linear (sweep)", "top1"]["command"]
 
 
 def test_embedding_is_what_the_projector_makes_of_the_features():
@@ -178,7 +188,7 @@ def test_finetuning_learns_what_frozen_random_features_do_not_need_to_know(arch,
     eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-list", "list.txt", "--tune-epochs", "100"])
     assert values("finetune") == {"list_top1": 100, "list_top5": 100, "list_images": 32}
     eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-fraction", "0.5", "--tune-epochs", "1", "--sweep"])
-    assert values("finetune")["50%_images"] == 32 and values("finetune")["50%_lr_scale"] in eval_linear.TUNE_GRID
+    assert values("finetune (sweep)")["50%_images"] == 32 and values("finetune (sweep)")["50%_lr_scale"] in eval_linear.TUNE_GRID
     assert capsys.readouterr().out.count("held out") == len(eval_linear.TUNE_GRID)
 
 
