@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from common import (Log, average_gradients, base_parser, batch_stats_only, effective_rank, ema_update, embedding_std, fail, graceful_stop,
-                    load_data, lr_scale, make_backbone, monitor, number, open_run, resolve, save_run, set_lr, setup_distributed,
-                    training_views, world_size)
+from common import (Log, average_gradients, base_parser, batch_stats_only, class_hash, effective_rank, ema_update, embedding_std, fail, graceful_stop,
+                    load_data, lr_scale, make_backbone, monitor, number, open_run, resolve, save_run, set_lr, setup_distributed, training_views,
+                    world_size)
 
 SCRIPT = "byol_gessl"
 SOLVER_TERMS = 5                # terms of the Neumann series, iterations of conjugate gradients
@@ -341,7 +341,7 @@ def main(argv=None):
     args = parse_args(argv)
     # -- shared: main --
     rank, world, device = setup_distributed()
-    data = load_data(args.data, args.image_size, args.workers)
+    data = load_data(args.data, args.image_size, args.workers, args.classes)
     recipe = resolve(args, RECIPES, data, SCRIPT)
     per_step = check_args(args, data, world)                                                # images
     augmented = (AUGMENTATION[recipe] * args.views)[:args.views]
@@ -351,7 +351,7 @@ def main(argv=None):
     per_epoch = len(data.train) // per_step                                                 # an incomplete last batch is left out
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
-    start = open_run(args, nets, opts, rank, images=len(data.train), device=str(device), processes=world, steps_per_epoch=per_epoch)
+    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), device=str(device), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
     if data.train_labels is None:

@@ -54,6 +54,7 @@ def base_parser(description, recipes, archs):
         p.add_argument(name, type=kind, help=(text + listed).replace("%", "%%"), **kw)
     flag("--data", str, "shapes (drawn in memory) | cifar10 | cifar100 | stl10 | fake | folder with train/ and val/ or test/ of class "
          "folders | folder of images without classes", default="shapes")
+    flag("--classes", str, "file of class names, one per line: only these class folders, as for ImageNet-100 (default: all)")
     flag("--out", str, "folder of log, checkpoint, backbone and picture (default: runs/<script>)")
     flag("--arch", str, "backbone", choices=archs)
     flag("--image-size", number(int, 8), "pixels (default: the images' own size up to 96, 224 above)")
@@ -432,18 +433,51 @@ def _load_torchvision(name):
              torch.as_tensor(s.labels if name == "stl10" else s.targets).long()) for s in pair], pair[0].classes
 
 
-def _list_folder(name):
+class ClassFolders(torchvision.datasets.ImageFolder):
+    """Folder of class folders, of which `only` (a list of names, or None for all) count."""
+    def __init__(self, root, only=None):
+        self.only = only
+        super().__init__(root)
+
+    def find_classes(self, directory):
+        classes, _ = super().find_classes(directory)
+        if missing := sorted(set(self.only or ()) - set(classes)):
+            fail(f"--classes: {directory} has no class folder {', '.join(missing[:5])}" + f" and {len(missing) - 5} more" * (len(missing) > 5))
+        classes = [c for c in classes if self.only is None or c in self.only]
+        return classes, {c: i for i, c in enumerate(classes)}
+
+
+def read_classes(path):
+    """The class names in a file, one per line; None for no file."""
+    if path is None:
+        return None
+    try:
+        with open(path) as file:
+            names = [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--classes {path}: cannot be read ({error})")
+    return names or fail(f"--classes {path}: names no class")
+
+
+def class_hash(classes):
+    """What to print of a class list so that two people can compare theirs: number and first digits of the SHA-256 of the sorted names, one per line."""
+    return None if classes is None else f"{len(classes)}, sha256 {hashlib.sha256(chr(10).join(sorted(classes)).encode()).hexdigest()[:12]}"
+
+
+def _list_folder(name, only=None):
     """([(train files, labels), (test files, labels)], classes); labels and classes are None, the test part empty for a folder without classes."""
     train_dir, test_dirs = os.path.join(name, "train"), [d for s in ("val", "test") if os.path.isdir(d := os.path.join(name, s))]
     if not os.path.isdir(train_dir) and not test_dirs:
         files = sorted(os.path.join(root, f) for root, _, names in os.walk(name, followlinks=True) for f in names)
+        if only:
+            fail(f"--classes: {name} has no class folders to choose from")
         return [([f for f in files if f.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)], None), ([], None)], None
     if not os.path.isdir(train_dir):
         fail(f"--data {name}: has {test_dirs[0]} but no train/ folder")
     if not test_dirs:
         fail(f"--data {name}: has train/ but neither val/ nor test/; to train without labels name {train_dir}")
     try:
-        train, test = (torchvision.datasets.ImageFolder(d) for d in (train_dir, test_dirs[0]))
+        train, test = (ClassFolders(d, only) for d in (train_dir, test_dirs[0]))
     except FileNotFoundError as error:                                              # a class folder without images, or no class folder
         fail(f"--data {name}: {str(error).split('. Supp')[0]}")
     if train.classes != test.classes:
@@ -452,9 +486,11 @@ def _list_folder(name):
     return [([f for f, _ in s.samples], torch.tensor(s.targets)) for s in (train, test)], train.classes
 
 
-def load_data(name, image_size=None, workers=0):
-    """Everything that --data can name, as Data. Bad input ends in `fail`."""
-    files = None
+def load_data(name, image_size=None, workers=0, only=None):
+    """Everything that --data can name, as Data; only: a file of class names. Bad input ends in `fail`."""
+    files, only = None, read_classes(only)
+    if only and not os.path.isdir(name):
+        fail(f"--classes: goes with a folder of class folders, not with --data {name}")
     if name == "shapes":
         sets, classes = [draw_shapes(4000, 1), draw_shapes(1000, 2)], SHAPES
     elif name in ("cifar10", "cifar100", "stl10", "fake"):
@@ -462,7 +498,7 @@ def load_data(name, image_size=None, workers=0):
     elif not os.path.isdir(name):
         fail(f"--data {name}: no such folder, and not one of shapes, cifar10, cifar100, stl10, fake")
     else:
-        (sets, classes), shapes = _list_folder(name), []
+        (sets, classes), shapes = _list_folder(name, only), []
         files = sets[0][0]
         for path in sets[0][0][::max(1, len(sets[0][0]) // 16)][:16]:
             with contextlib.suppress(OSError):                                  # a bad file is named, and counted, when all are read
@@ -722,6 +758,8 @@ def graceful_stop():
         return seen[0]
     try:
         yield agreed
+    except torch.OutOfMemoryError as error:
+        fail(f"GPU memory ran out ({str(error).split('. ')[0]}): lower --batch-size, --image-size, or the number of views, masks, tasks or inner steps; use --bf16")
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

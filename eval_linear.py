@@ -645,7 +645,7 @@ def make_job(args):
         same_classes(job.train, job.test)
     else:
         job.name = args.data or settings.get("data") or fail(f"--data: not given, and {args.run} has no log that names it")
-        data = load_data(job.name, size if size <= SMALL else None, args.workers)
+        data = load_data(job.name, size if size <= SMALL else None, args.workers, settings.get("classes") if job.name == settings.get("data") else None)
         job.train, job.test = (load_part(job.name, split, size, args.workers, data) for split in ("train", "test"))
     job.features = [part_features(job, part) for part in (job.train, job.test)]
     return job

@@ -39,8 +39,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import (Log, all_reduce_sum, average_gradients, base_parser, fail, graceful_stop, load_data, lr_scale, monitor, number, open_run,
-                    resolve, rng, save_run, set_lr, setup_distributed, training_views, world_size)
+from common import (Log, all_reduce_sum, average_gradients, base_parser, class_hash, fail, graceful_stop, load_data, lr_scale, monitor, number,
+                    open_run, resolve, rng, save_run, set_lr, setup_distributed, training_views, world_size)
 
 SCRIPT, TC2_LR = "mae_tc2", 3e-3                        # alpha_1 .. alpha_4; the paper states none
 ARCHS = {"vit_micro": (96, 2, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}   # width, blocks, heads
@@ -509,7 +509,7 @@ def main(argv=None):
     args = parse_args(argv)
     # -- shared: main --
     rank, world, device = setup_distributed()
-    data = load_data(args.data, args.image_size, args.workers)
+    data = load_data(args.data, args.image_size, args.workers, args.classes)
     recipe = resolve(args, RECIPES, data, SCRIPT)
     per_step = check_args(args, data, world)                                                # images
     augmented = (AUGMENTATION[recipe] * args.views)[:args.views]
@@ -519,7 +519,7 @@ def main(argv=None):
     per_epoch = len(data.train) // per_step                                                 # an incomplete last batch is left out
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
-    start = open_run(args, nets, opts, rank, images=len(data.train), device=str(device), processes=world, steps_per_epoch=per_epoch)
+    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), device=str(device), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
     if data.train_labels is None:

@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only, effective_rank, embedding_std, fail,
-                    gather_batch, graceful_stop, load_data, lr_scale, make_backbone, monitor, number, open_run, resolve,
-                    save_run, set_lr, setup_distributed, training_views, world_size)
+from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only, class_hash, effective_rank, embedding_std, fail,
+                    gather_batch, graceful_stop, load_data, lr_scale, make_backbone, monitor, number, open_run, resolve, save_run, set_lr,
+                    setup_distributed, training_views, world_size)
 
 SCRIPT, TC2_LR = "simclr_tc2", 3e-3                     # alpha_1 .. alpha_4; the paper states none
 WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.1, blur_p=0.0,
@@ -67,6 +67,7 @@ def parse_args(argv=None):
          "literal squared distance of views, which collapses (default: brier, sse with --literal)", choices=("brier", "nce", "sse"))
     flag("--calibrate", str, "losses of Eqs. 6-7 on z_hat (both), on z (none), or the mean of the two (mix); default: both",
          choices=("both", "none", "mix"), default="both")
+    flag("--micro-batch", number(int, 2), "baseline: views per forward pass, for small GPUs; the gradient stays that of the whole batch (default: all)")
     p.add_argument("--literal", action="store_true", help="soft orthogonality, no skip path, unit-norm z, sse: collapses (off by default)")
     return p.parse_args(argv)
 
@@ -83,6 +84,8 @@ def check_args(args, data, world):
         fail(f"--tasks {args.tasks}: must be a multiple of the {world} processes, each holds whole tasks")
     if not args.baseline and args.views < 4:
         fail(f"--views {args.views}: TC2 needs at least 4, two for support and two for query")
+    if args.micro_batch and not args.baseline:
+        fail(f"--micro-batch {args.micro_batch}: goes with --baseline; TC2's steps take one task at a time, more --tasks make them smaller")
     if args.compile and args.second_order and not args.baseline:
         fail("--second-order: cannot go with --compile, whose backward pass cannot be differentiated")
     return args.batch_size
@@ -260,15 +263,22 @@ def view_sse(query):
 
 # ---- one iteration --------------------------------------------------------------------------------------------------
 def simclr_step(nets, opts, views, args):
-    """SimCLR on the joined batch; with --tasks K the mean over K groups of it. [TC2 "SimCLR + T"]"""
+    """SimCLR on the joined batch; with --tasks K the mean over K groups of it. [TC2 "SimCLR + T"] With --micro-batch the loss is differentiated to z first
+    and each part of the batch passes a second time for the rest of the chain rule [Gao et al. 2021, gradient cache]; BatchNorm sees the parts."""
     encoder = nn.Sequential(nets["backbone"], nets["projector"])
-    z = embed(encoder, torch.cat(views), args).unflatten(0, (len(views), -1))                                           # (m, n, d)
-    loss = sum(info_nce(group, args.temperature) for group in gather_batch(z, 1).chunk(args.tasks, 1)) / args.tasks
+    parts = torch.cat(views).split(args.micro_batch or len(views) * len(views[0]))
+    with torch.set_grad_enabled(len(parts) == 1):
+        z = torch.cat([embed(encoder, part, args) for part in parts])
+    z = z if z.requires_grad else z.requires_grad_()
+    loss = sum(info_nce(group, args.temperature) for group in gather_batch(z.unflatten(0, (len(views), -1)), 1).chunk(args.tasks, 1)) / args.tasks      # (m, n, d)
     opts["encoder"].zero_grad()
     loss.backward()
+    with batch_stats_only(encoder):
+        for part, grad in zip(parts, z.grad.split(len(parts[0])) if len(parts) > 1 else ()):
+            embed(encoder, part, args).backward(grad)
     average_gradients(encoder.parameters())
     opts["encoder"].step()
-    return {"loss_ssl": loss.detach(), "std_z": embedding_std(z[0].detach())}
+    return {"loss_ssl": loss.detach(), "std_z": embedding_std(z[:len(views[0])].detach())}
 
 
 def train_step(nets, opts, views, args, progress):
@@ -339,7 +349,7 @@ def main(argv=None):
     args = parse_args(argv)
     # -- shared: main --
     rank, world, device = setup_distributed()
-    data = load_data(args.data, args.image_size, args.workers)
+    data = load_data(args.data, args.image_size, args.workers, args.classes)
     recipe = resolve(args, RECIPES, data, SCRIPT)
     per_step = check_args(args, data, world)                                                # images
     augmented = (AUGMENTATION[recipe] * args.views)[:args.views]
@@ -349,7 +359,7 @@ def main(argv=None):
     per_epoch = len(data.train) // per_step                                                 # an incomplete last batch is left out
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
-    start = open_run(args, nets, opts, rank, images=len(data.train), device=str(device), processes=world, steps_per_epoch=per_epoch)
+    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), device=str(device), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
     if data.train_labels is None:

@@ -2,11 +2,13 @@
 import copy
 import functools
 import glob
+import hashlib
 import inspect
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,19 +308,19 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
-def args_for(script, extra):
+def args_for(script, extra, n=16):
     args = script.parse_args([*extra])
     args.dim, args.hidden, args.temperature, args.image_size, args.bf16, args.views = 6, 7, 0.3, 8, False, getattr(args, "views", 2)
     args.arch = "vit_micro" if script is mae_tc2 else "resnet_tiny"
-    args.lr, args.batch_size, args.weight_decay = 0.1, 4 if script is byol_gessl and not args.baseline else 16, 0
     if script is byol_gessl:
-        args.tasks = 4
+        args.tasks = args.tasks or 4
+    args.lr, args.batch_size, args.weight_decay = 0.1, n // args.tasks if script is byol_gessl and not args.baseline else n, 0
     if script is mae_tc2:
         args.patch_size, args.decoder_dim, args.decoder_depth, args.views, args.norm_pixels, args.position_base = 4, 32, 1, 1, True, 30
     for key, value in script.RECIPES["shapes"].items():
-        if getattr(args, key, None) is None and key in ("tasks", "target_steps", "ema_decay", "inner_lr", "lambda_offdiag"):
+        if getattr(args, key, None) is None and key in ("tasks", "target_steps", "ema_decay", "inner_lr", "lambda_offdiag", "tc2_masks", "tc2_tasks"):
             setattr(args, key, value)
-    assert script.check_args(args, types.SimpleNamespace(train=range(99)), 1) == 16
+    assert script.check_args(args, types.SimpleNamespace(train=range(99)), 1) == n
     return args
 
 
@@ -341,13 +343,13 @@ def smooth_nets(script, args):
     return nets.double()
 
 
-def stepped(script, args, rank, world):
+def stepped(script, args, rank, world, n=16):
     nets = smooth_nets(script, args)
     opts = {name: torch.optim.SGD([p for group in opt.param_groups for p in group["params"]], 0.1 if name == "encoder" else 1e-4)
             for name, opt in script.build_opts(nets, args).items()}
-    share = slice(16 // world * rank, 16 // world * (rank + 1))
+    share = slice(n // world * rank, n // world * (rank + 1))
     for step in range(3):
-        views = [torch.randn(16, 3, 8, 8, generator=common.rng(step, v)).double()[share] for v in range(args.views)]
+        views = [torch.randn(n, 3, 8, 8, generator=common.rng(step, v)).double()[share] for v in range(args.views)]
         terms = script.train_step(nets, opts, views, args, step / 3)
     loss = terms.get("loss_query", terms["loss_ssl"] if "loss_ssl" in terms else None)
     if world > 1:
@@ -362,6 +364,10 @@ CASES += [(barlow_sparsehead, e.split()) for e in ("--baseline", "", "--penalty 
 CASES += [(mae_tc2, e.split()) for e in ("--baseline --masks 2", "--tasks 4 --masks 2", "--tasks 2 --second-order --calibrate mix --factors 5")]
 
 
+CASES_OF_3 = [(simclr_tc2, ["--baseline", "--micro-batch", "5"]), (simclr_tc2, ["--tasks", "3"]), (byol_gessl, ["--baseline"]), (byol_gessl, ["--tasks", "3"]),
+              (barlow_sparsehead, ["--baseline"]), (barlow_sparsehead, []), (mae_tc2, ["--baseline", "--masks", "2"]), (mae_tc2, ["--tasks", "3", "--masks", "2"])]
+
+
 def plain_all_reduce(x):
     """The known mistake: the right sum, whose gradient knows only this process's share."""
     total = x.detach().clone()
@@ -372,6 +378,8 @@ def plain_all_reduce(x):
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    if world == 3:
+        return torch.save([stepped(script, args_for(script, extra, 18), rank, world, 18) for script, extra in CASES_OF_3], f"{folder}/{rank}")
     found = [stepped(script, args_for(script, extra), rank, world) for script, extra in CASES]
     views = {name: list(common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, rank, world, torch.device("cpu"), 0, 25, 27))
              for name in ("fake",)}
@@ -394,6 +402,45 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
     for step, views in enumerate(whole):
         for v, view in enumerate(views):
             assert torch.allclose(torch.cat([views0[step][v], views1[step][v]]), view, atol=1e-6)
+
+
+def test_three_processes_equal_one_on_the_joined_batch(tmp_path):
+    mp.spawn(worker, (3, str(tmp_path)), nprocs=3)
+    found = [torch.load(tmp_path / str(r)) for r in range(3)]
+    for (script, extra), *results in zip(CASES_OF_3, *found):
+        one = stepped(script, args_for(script, extra, 18), 0, 1, 18)
+        for k, v in one.items():
+            torch.testing.assert_close(results[0][k], v, rtol=1e-9, atol=1e-11, msg=lambda m: f"{script.__name__} {extra} {k}: {m}")
+            assert all(torch.equal(results[0][k], r[k]) for r in results[1:]), f"{script.__name__} {extra}: processes drift apart in {k}"
+
+
+@pytest.mark.parametrize("size", [2, 5, 31])
+@pytest.mark.parametrize("extra", [[], ["--views", "3", "--tasks", "4"]])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(size, extra):
+    whole, parts = (stepped(simclr_tc2, args_for(simclr_tc2, ["--baseline", *extra, *more]), 0, 1) for more in ([], ["--micro-batch", str(size)]))
+    for k, v in whole.items():
+        torch.testing.assert_close(parts[k], v, rtol=1e-9, atol=1e-12)
+
+
+def test_micro_batches_move_running_statistics_once_per_part_and_hold_one_graph_at_a_time():
+    args = simclr_tc2.parse_args([*QUICK, "--baseline", "--micro-batch", "8"])
+    common.resolve(args, simclr_tc2.RECIPES, common.load_data("fake"), "simclr_tc2")
+    args.views, args.tasks = 2, 1
+    nets, rows_seen = simclr_tc2.build_nets(args)[0], []
+    nets["backbone"].register_forward_hook(lambda net, inputs, out: rows_seen.append((len(out), out.requires_grad)))
+    simclr_tc2.train_step(nets, simclr_tc2.build_opts(nets, args), [torch.randn(10, 3, 32, 32)] * 2, args, 0)
+    assert rows_seen == [(n, grad) for grad in (False, True) for n in (8, 8, 4)]
+    assert {m.num_batches_tracked.item() for m in nets["backbone"].modules() if isinstance(m, nn.BatchNorm2d)} == {3}
+
+
+def test_gpu_memory_that_runs_out_ends_in_a_sentence_that_names_flags(monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+    monkeypatch.setattr(simclr_tc2, "train_step", full)
+    with pytest.raises(SystemExit) as stopped:
+        simclr_tc2.main(QUICK + ["--out", "r"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "--batch-size" in err and "CUDA out of memory" in err
 
 
 def test_torchrun_with_two_processes_runs_and_resumes():
@@ -419,6 +466,22 @@ def test_shapes_are_deterministic_balanced_and_different_in_train_and_test():
     a, b = common.load_data("shapes"), common.load_data("shapes")
     assert torch.equal(a.train, b.train) and torch.equal(a.test, b.test) and not torch.equal(a.train[:1000], a.test)
     assert a.train.dtype == torch.uint8 and a.train_labels.bincount().tolist() == [400] * 10 and a.test_labels.bincount().tolist() == [100] * 10
+
+
+def test_classes_restricts_a_folder_and_its_hash_does_not_depend_on_the_order(capsys):
+    folder = image_folder("d", classes="abcd")
+    for name, text in (("list", "d\n\n b \n"), ("same", "b\nd")):
+        with open(name, "w") as file:
+            file.write(text)
+    data = common.load_data(folder, only="list")
+    assert data.classes == ["b", "d"] and data.train_labels.tolist() == [0] * 8 + [1] * 8 == data.test_labels.tolist() and len(data.train) == len(data.files) == 16
+    assert all(os.path.basename(os.path.dirname(f)) == data.classes[y] for f, y in zip(data.files, data.train_labels))
+    assert common.class_hash(["d", "b"]) == common.class_hash(data.classes) == "2, sha256 " + hashlib.sha256(b"b\nd").hexdigest()[:12]
+    simclr_tc2.main(["--data", folder, "--classes", "same", "--arch", "resnet_tiny", "--batch-size", "8", "--epochs", "1", "--max-steps", "1", "--baseline", "--out", "r"])
+    assert rows("r")[0]["images"] == 16 and rows("r")[0]["class_list"] == common.class_hash(data.classes) and common.class_hash(data.classes) in capsys.readouterr().out
+    eval_linear.main(["r", "--protocol", "knn", "--k", "1"])
+    with open("r/eval.json") as file:
+        assert json.load(file)["results"][0]["train_images"] == 16              # the evaluation keeps to the run's classes
 
 
 def test_every_monitor_subset_of_a_class_sorted_folder_has_all_classes(monkeypatch):
@@ -525,10 +588,14 @@ def bad_folders(tmp_path_factory):
     os.makedirs(path / "hollow/test/c")
     os.makedirs(path / "broken")
     (path / "broken/x.jpg").write_bytes(b"no")
+    (path / "words").write_text("a\nnonsense\n")
     return path
 
 
 BAD_OF = [(simclr_tc2, *case) for case in BAD] + [
+    (simclr_tc2, flags.split(), flag, value) for flags, flag, value in (
+        ("--micro-batch 8", "--micro-batch", "8"), ("--baseline --micro-batch 1", "--micro-batch", "'1'"), ("--classes missing --data classes", "--classes", "missing"),
+        ("--classes words --data fake", "--classes", "fake"), ("--classes words --data classes", "--classes", "nonsense"), ("--classes words --data broken", "--classes", "broken"))] + [
     (byol_gessl, flags.split(), flag, value) for flags, flag, value in (
         ("--tasks 0", "--tasks", "'0'"), ("--inner-steps 0", "--inner-steps", "'0'"), ("--batch-size 32 --tasks 200", "--batch-size", "6400"), ("--target-steps -1", "--target-steps", "'-1'"),
         ("--inner-lr 0", "--inner-lr", "'0'"), ("--hypergrad full", "--hypergrad", "'full'"), ("--outer-loss l1", "--outer-loss", "'l1'"), ("--ssl-weight -1", "--ssl-weight", "'-1'"),
@@ -540,7 +607,7 @@ BAD_OF = [(simclr_tc2, *case) for case in BAD] + [
         ("--batch-size 9000", "--batch-size", "9000"), ("--data missing", "--data", "missing"))] + [
     (mae_tc2, flags.split(), flag, value) for flags, flag, value in (
         ("--patch-size 5", "--patch-size", "5"), ("--mask-ratio 0.99", "--mask-ratio", "'0.99'"), ("--patch-size 32", "--mask-ratio", "0.75"), ("--masks 1", "--masks", "1"),
-        ("--tasks 3", "--batch-size", "64"), ("--arch resnet18", "--arch", "'resnet18'"), ("--calibrate all", "--calibrate", "'all'"),
+        ("--tasks 3", "--batch-size", "16"), ("--arch resnet18", "--arch", "'resnet18'"), ("--calibrate all", "--calibrate", "'all'"),
         ("--second-order --compile", "--second-order", "--compile"), ("--data missing", "--data", "missing"))]
 
 
@@ -563,6 +630,61 @@ def test_bad_input_of_the_evaluation(argv, word, capsys):
         eval_linear.main(argv)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1 and word in err and os.listdir("r") == ["backbone.pt"]
+
+
+def test_every_flag_of_every_script_refuses_nonsense_in_one_sentence(capsys):
+    tried = 0
+    for module in (*ENHANCED, eval_linear):
+        first = ["r"] if module is eval_linear else []
+        for key, default in vars(module.parse_args(first)).items():
+            flag = "--" + key.replace("_", "-")
+            if key in ("run", "data", "out", "classes", "train_data", "test_data", "domains", "overlay", "label_list"):          # names of files: below
+                continue
+            switch = isinstance(default, bool) or key == "norm_pixels"
+            negated = [f"--no{flag[1:]}=3"] if key in ("bf16", "norm_pixels") else []
+            for value in [f"{flag}=3", f"{flag}s", *negated] if switch else [f"{flag}={x}" for x in ("nonsense", "nan", "-1e9", "")] + [flag]:
+                with pytest.raises(SystemExit) as stopped:
+                    module.main([*first, value])
+                err = capsys.readouterr().err
+                assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and flag.removeprefix("--") in err, (module.__name__, value, err)
+                tried += 1
+    assert tried > 400 and os.listdir(".") == []
+
+
+def hopeless_folders():
+    """{name: function that makes what --data finds there}, none of which can be trained on with batches of 4."""
+    def labelled(spoil):
+        return lambda path: (image_folder(path), spoil(path))
+    def write(content, *names):
+        return lambda path: [(os.makedirs(os.path.dirname(f"{path}/{n}"), exist_ok=True), open(f"{path}/{n}", "wb").write(content)) for n in names]
+    def every(split, content):
+        return labelled(lambda path: [open(f, "wb").write(content(f)) for f in glob.glob(f"{path}/{split}/*/*")])
+    whole = lambda f: open(f, "rb").read()
+    spoiled = {"zero-byte": lambda f: b"", "text": lambda f: b"not an image", "truncated": lambda f: whole(f)[:30], "noise": lambda f: bytes(range(256)) * 4, "html": lambda f: b"<html></html>"}
+    found = {f"{split}-{name}": every(split, content) for split in ("train", "test") for name, content in spoiled.items()}
+    found |= {f"plain-{name}": write(content, *(f"{i}.jpg" for i in range(5))) for name, content in
+              (("zero-byte", b""), ("text", b"no"), ("gif", b"GIF89a"), ("jpeg-head", b"\xff\xd8\xff\xe0"), ("png-head", b"\x89PNG\r\n\x1a\n"))}
+    found |= {"empty": os.makedirs, "notes": write(b"hello", "a.txt", "b/c.md"), "hidden": write(b"", ".x/.y"), "folders": lambda p: os.makedirs(f"{p}/a/b/c"),
+              "train-empty": labelled(lambda p: shutil.rmtree(f"{p}/train/a") or shutil.rmtree(f"{p}/train/b")), "test-empty": labelled(lambda p: shutil.rmtree(f"{p}/test/a") or shutil.rmtree(f"{p}/test/b")),
+              "no-test": labelled(lambda p: shutil.rmtree(f"{p}/test")), "no-train": labelled(lambda p: shutil.rmtree(f"{p}/train")), "hollow-class": labelled(lambda p: os.makedirs(f"{p}/train/c")),
+              "other-class": labelled(lambda p: os.rename(f"{p}/test/a", f"{p}/test/z")), "missing-class": labelled(lambda p: shutil.rmtree(f"{p}/test/a")),
+              "no-class-folders": lambda p: (image_folder(p), [os.rename(f, f"{p}/train/{i}.png") for i, f in enumerate(glob.glob(f"{p}/train/*/*"))], shutil.rmtree(f"{p}/train/a"), shutil.rmtree(f"{p}/train/b")),
+              "train-is-a-file": labelled(lambda p: (shutil.rmtree(f"{p}/train"), open(f"{p}/train", "w").close())), "dangling-links": lambda p: (os.makedirs(p), [os.symlink("/nowhere/x", f"{p}/{i}.jpg") for i in range(5)]),
+              "folders-named-like-images": lambda p: [os.makedirs(f"{p}/{i}.jpg") for i in range(5)], "too-few": lambda p: image_folder(p, n=1), "one-bad-in-eight": labelled(lambda p: open(f"{p}/train/a/0.jpg", "wb").close() or open(f"{p}/train/b/0.jpg", "wb").close())}
+    return found
+
+
+def test_thirty_hopeless_data_folders_end_in_one_sentence_that_names_them(capsys):
+    folders = hopeless_folders()
+    assert len(folders) >= 30
+    for name, make in folders.items():
+        make(name)
+        with pytest.raises(SystemExit) as stopped:
+            simclr_tc2.main(["--data", name, "--arch", "resnet_tiny", "--batch-size", "4", "--baseline", "--workers", "0", "--epochs", "1", "--out", "r"])
+        errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("left out: ")]
+        assert stopped.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: "), (name, errors)
+        assert name in errors[0] or name == "too-few" and "2 training images" in errors[0], (name, errors)
+        assert not os.path.exists("r"), name
 
 
 # ---- promises about the sources -------------------------------------------------------------------------------------
