@@ -370,7 +370,7 @@ def images(batch=0):
 def run(nets, encoder_lr=1.0, factor_lr=0.0, batches=(0,), **kw):
     """Algorithm 1 with SGD: (what it took off the encoder's parameters, the order of optimizer steps, last terms)."""
     args = Namespace(**{**dict(baseline=False, views=4, tasks=2, temperature=T, inner_lr=0.0, second_order=False,
-                               lambda_s=0.1, query_loss="brier", calibrate="both", literal=False, bf16=False), **kw})
+                               lambda_s=0.1, query_loss="brier", calibrate="both", literal=False, bf16=False, micro_batch=None), **kw})
     order, before = [], flat(encoder(nets).parameters())
     opts = {"encoder": torch.optim.SGD(encoder(nets).parameters(), encoder_lr)}
     if not args.baseline:
