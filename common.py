@@ -571,18 +571,21 @@ def extract_features(backbone, images, size, mean, std, workers, device, name=""
 
 @torch.no_grad()
 def knn_accuracy(bank, bank_labels, queries, query_labels, k=5, metric="euclidean", temperature=0.07):
-    """Top-1 accuracy in percent of k nearest neighbours: metric "euclidean", majority vote (the papers' protocol), or "cosine",
-    votes weighted by exp(cos / temperature) (the field's). bank (M, d), queries (N, d), labels int64; a tie goes to the lower class."""
+    """Top-1 accuracy in percent of k nearest neighbours, a list of them for a list of k: metric "euclidean", majority vote (the papers' protocol),
+    or "cosine", votes weighted by exp(cos / temperature) (the field's). bank (M, d), queries (N, d), labels int64; a tie goes to the lower class."""
     if metric == "cosine":
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    classes, correct = int(bank_labels.max()) + 1, 0
+    classes, ks = int(bank_labels.max()) + 1, [k] if isinstance(k, int) else k
+    correct = torch.zeros(len(ks), device=queries.device)
     for q, y in zip(queries.split(1024), query_labels.split(1024)):
         near = q @ bank.T if metric == "cosine" else -torch.cdist(q, bank)
-        near, index = near.topk(min(k, len(bank)), dim=1)
+        near, index = near.topk(min(max(ks), len(bank)), dim=1)
         weight = ((near - 1) / temperature).exp() if metric == "cosine" else torch.ones_like(near)
-        votes = torch.zeros(len(q), classes, device=q.device).scatter_add_(1, bank_labels[index], weight)
-        correct += (votes.argmax(1) == y).sum()
-    return 100 * correct.item() / len(queries)
+        for i, few in enumerate(ks):
+            votes = torch.zeros(len(q), classes, device=q.device).scatter_add_(1, bank_labels[index[:, :few]], weight[:, :few])
+            correct[i] += (votes.argmax(1) == y).sum()
+    found = [100 * c / len(queries) for c in correct.tolist()]
+    return found[0] if isinstance(k, int) else found
 
 
 def embedding_std(z):

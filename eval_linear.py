@@ -137,7 +137,8 @@ def linear(train, test, args):
 
 def knn(train, test, ks=(5, 200)):
     """Top-1 accuracies in percent, {"k5_euclidean": ..}: Euclidean distance with majority and cosine with weights, for each k."""
-    return {f"k{k}_{metric}": knn_accuracy(*train, *test, k=k, metric=metric) for k in ks for metric in ("euclidean", "cosine")}
+    found = {metric: knn_accuracy(*train, *test, k=ks, metric=metric) for metric in ("euclidean", "cosine")}
+    return {f"k{k}_{metric}": found[metric][i] for i, k in enumerate(ks) for metric in found}
 
 
 def few_shot_episodes(labels, way, shot, queries, episodes, seed):

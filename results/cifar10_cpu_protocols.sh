@@ -17,17 +17,19 @@ for c in sorted(os.listdir(f"{sys.argv[1]}/test")):
         os.makedirs(f"{sys.argv[2]}/{domain}/{c}", exist_ok=True)
         render[domain](Image.open(f"{sys.argv[1]}/test/{c}/{name}").convert("RGB")).convert("RGB").save(f"{sys.argv[2]}/{domain}/{c}/{i}.png")
 PY
-for run in "${@:-tc2 gessl rownorm mae_tc2}"; do
+for run in "${@:-simclr_2views tc2 byol gessl barlow rownorm mae mae_tc2}"; do
   for name in $run; do
-    evaluate="python eval_linear.py $runs/$name --data $data"
-    python eval_linear.py "$runs/${baseline[$name]}" --data "$data" --protocol adaptation spectrum fewshot sigma distance-ratio conflict
-    $evaluate --protocol linear knn fewshot sigma adaptation spectrum distance-ratio conflict pca --overlay "$runs/${baseline[$name]}"
-    $evaluate --protocol linear --sweep
-    [ "$name" = mae_tc2 ] || $evaluate --protocol linear knn --on embedding --probe-epochs 100
-    python eval_linear.py "$runs/$name" --domains "$domains"
-    python eval_linear.py "$runs/$name" --train-data "$data" --test-data "$domains/inverted" --protocol linear
-    $evaluate --protocol finetune --label-fraction 0.01
-    $evaluate --protocol finetune --label-fraction 0.1 --tune-epochs 10
-    $evaluate --protocol finetune --label-fraction 1 --tune-epochs 2
+    evaluate="python eval_linear.py $runs/$name"
+    overlay=${baseline[$name]:+--overlay $runs/${baseline[$name]}}                  # a method's own baseline comes before it
+    $evaluate --data "$data" --protocol linear knn fewshot sigma adaptation spectrum distance-ratio conflict pca $overlay
+    $evaluate --data "$data" --protocol finetune --label-fraction 0.01
+    $evaluate --domains "$domains"
+    $evaluate --train-data "$data" --test-data "$domains/inverted" --protocol linear --probe-epochs 100
+    if [ -n "$overlay" ]; then                                                      # the four methods only
+      $evaluate --data "$data" --protocol linear --sweep --probe-epochs 100
+      [ "$name" = mae_tc2 ] || $evaluate --data "$data" --protocol linear knn --on embedding --probe-epochs 100
+      $evaluate --data "$data" --protocol finetune --label-fraction 0.1 --tune-epochs 10
+      $evaluate --data "$data" --protocol finetune --label-fraction 1 --tune-epochs 2
+    fi
   done
 done

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import barlow_sparsehead
 import byol_gessl
 import common
 import eval_linear
@@ -87,11 +88,15 @@ def step(rounds, argv):
     """Time of train_step over the time of its own forward and backward passes, on ready-made tensors."""
     torch.set_num_threads(2)
     for script, own_passes, flags in ((simclr_tc2, tc2_passes, ("--baseline", "--baseline --views 4", "", "--inner-lr 0", "--second-order")),
-                                      (byol_gessl, gessl_passes, ("--baseline", "", "--hypergrad first-order", "--hypergrad exact", "--lookahead"))):
+                                      (byol_gessl, gessl_passes, ("--baseline", "", "--hypergrad first-order", "--hypergrad exact", "--lookahead")),
+                                      (barlow_sparsehead, barlow_passes, ("--baseline", "", "--penalty prox")),
+                                      (mae_tc2, mae_passes, ("--baseline", ""))):
         for extra in flags:
             args, nets, opts, views = prepared(script, [*argv, *extra.split()])
-            whole, own, ratio, spread = alternate(lambda: script.train_step(nets, opts, views, args, 0), own_passes(args, nets, views), rounds)
-            print(f"step {script.SCRIPT} {extra or 'default':<24} {1e3 * whole:8.1f} ms   own passes {1e3 * own:8.1f} ms   {ratio:5.2f}x ({spread[0]:.2f} to {spread[1]:.2f})")
+            run = lambda: script.train_step(nets, opts, views, args, 0)
+            whole, own, ratio, spread = alternate(run, own_passes(args, nets, views), rounds)
+            print(f"step {script.SCRIPT + ' ' + (extra or 'default'):<40} {1e3 * whole:8.1f} ms   own passes {1e3 * own:8.1f} ms   {ratio:5.2f}x ({spread[0]:.2f} to {spread[1]:.2f})   "
+                  f"{peak_memory(run) / 2**20:7.1f} MiB above the networks")
 
 
 def tc2_passes(args, nets, views):
@@ -137,6 +142,44 @@ def gessl_passes(args, nets, views):
             if not (args.baseline or args.lookahead):
                 logits = byol_gessl.class_logits(online(x), z_target, args.temperature)
                 torch.autograd.grad(byol_gessl.self_motivated_kl(logits.detach() + 0.1, logits), params)
+    return passes
+
+
+def barlow_passes(args, nets, views):
+    def passes():
+        _, (z1, z2) = barlow_sparsehead.embed(nets, views, args)
+        loss = sum(barlow_sparsehead.barlow_terms(z1, z2, args.lambda_offdiag)) + args.lambda_sparse * barlow_sparsehead.sparse_penalty(nets["projector"][-1].weight, args.penalty)
+        torch.autograd.grad(loss, [p for p in nets.parameters() if p.requires_grad])
+    return passes
+
+
+def mae_passes(args, nets, views):
+    """m masks without gradient, then per task a support and a query half: through the decoder for f_v and f_w, through all of it for the autoencoder."""
+    x, device = views[0], views[0].device
+    order = mae_tc2.random_masks(args.masks, len(x), (args.image_size // args.patch_size) ** 2, torch.Generator().manual_seed(0)).to(device)
+    visible, target = mae_tc2.visible_patches(order.shape[2], args.mask_ratio), mae_tc2.targets(x, args)
+    model = [p for name in ("backbone", "decoder") for p in nets[name].parameters()]
+    def loss(predicted, k, rows):
+        return mae_tc2.reconstruction_loss(predicted, target.chunk(K)[k].repeat(len(order[rows]), 1, 1), order[rows].chunk(K, 1)[k].flatten(0, 1), visible)
+    K, half = 1 if args.baseline else args.tasks, args.masks // 2
+    def passes():
+        if args.baseline:
+            tokens = nets["decoder"].embed(nets["backbone"](x.repeat(args.masks, 1, 1, 1), order.flatten(0, 1)[:, :visible]))
+            return torch.autograd.grad(loss(nets["decoder"](tokens, order.flatten(0, 1)), 0, slice(None)), model)
+        with torch.no_grad():
+            tokens = nets["decoder"].embed(nets["backbone"](x.repeat(args.masks, 1, 1, 1), order.flatten(0, 1)[:, :visible])).unflatten(0, (args.masks, -1))
+        S = torch.randn(tokens.shape[-1] + 1, tokens.shape[-1], device=device)
+        for rows in (slice(None, half), slice(half, None)):
+            V = nets["factor_net"](S)
+            W = nets["weight_net"](tokens[rows], V)
+            found = sum(loss(nets["decoder"](z.flatten(0, 1), order[rows].chunk(K, 1)[k].flatten(0, 1)), k, rows) for k, z in enumerate((W @ V.T).chunk(K, 1)))
+            torch.autograd.grad(found + mae_tc2.tc2_loss(tokens, tokens[rows], W, V, args.lambda_s), [*nets["factor_net"].parameters(), *nets["weight_net"].parameters()])
+        V = torch.eye(tokens.shape[-1], device=device)
+        for k in range(K):
+            for rows in (slice(None, half), slice(half, None))[not args.inner_lr:]:
+                o = order[rows].chunk(K, 1)[k].flatten(0, 1)
+                t = nets["decoder"].embed(nets["backbone"](x.chunk(K)[k].repeat(len(order[rows]), 1, 1, 1), o[:, :visible]))
+                torch.autograd.grad(loss(nets["decoder"](mae_tc2.calibrated_tokens(t, V, nets["weight_net"]), o), k, rows), model)
     return passes
 
 
