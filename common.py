@@ -348,6 +348,9 @@ def fit(images, size, resize=None):
     """Shorter side to `resize` (default `size`), antialiased, then the central square of `size`."""
     if images.shape[-2:] == (size, size):
         return images
+    h, w = images.shape[-2:]
+    if max(h, w) > 3 * min(h, w):                               # a strip of one pixel by thousands would be resized to gigabytes
+        images = TF.center_crop(images, [min(h, 3 * w), min(w, 3 * h)])
     return TF.center_crop(TF.resize(images, [resize or size], antialias=True), [size, size])
 
 

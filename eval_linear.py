@@ -25,16 +25,7 @@ backbone and data. Test labels are used for the printed number alone; --sweep ch
 Markdown row, and to RUN/eval.json, where rows of other protocols, metrics and data are kept, each with its command. Whatever the protocol, the backbone and its
 BatchNorm statistics are checked to be bit-identical before and after: fine-tuning and inner steps work on copies.
 """
-import argparse
-import copy
-import hashlib
-import importlib
-import json
-import math
-import os
-import shlex
-import sys
-import time
+import argparse, copy, hashlib, importlib, json, math, os, shlex, sys, time
 from collections import namedtuple
 from types import SimpleNamespace
 

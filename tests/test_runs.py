@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 import torchvision
 from torch import nn
 from torchvision.io import write_jpeg, write_png
+from torchvision.transforms.v2 import functional as TF
 
 import common
 import barlow_sparsehead
@@ -545,6 +546,19 @@ def test_an_undecodable_image_is_named_and_left_out_and_too_many_stop_the_run(si
     with pytest.raises(SystemExit) as stopped:
         simclr_tc2.main(argv + ["q"])
     assert stopped.value.code == 2 and "over 1% of 12 images, cannot be decoded" in capsys.readouterr().err
+
+
+def test_a_strip_of_one_pixel_by_thousands_is_cut_before_it_is_resized():
+    row = torch.arange(9001, dtype=torch.float32).div(40).byte().expand(3, 1, 9001)
+    square = common.fit(row, 32, 37)
+    assert square.shape == (3, 32, 32) and square.unique().tolist() == [112]                 # the middle pixel and its neighbours
+    assert common.fit(row.mT, 32).shape == (3, 32, 32)
+    image = torch.randint(0, 255, (3, 40, 110), dtype=torch.uint8, generator=common.rng(0))
+    whole = TF.center_crop(TF.resize(image, [36], antialias=True), [32, 32])
+    assert torch.equal(common.fit(image, 32, 36), whole)                                    # ordinary images as before
+    write_png(row, "strip.png")
+    files = common.Files("d", ["strip.png"], 24, None, 0, 2, simclr_tc2.STRONG)
+    assert files[0, 0][0].shape == (2, 3, 24, 24)
 
 
 def test_exif_turn_gray_and_misnamed_files_are_read():
