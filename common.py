@@ -405,7 +405,7 @@ def squares(name, images, size, workers, device, resize=None, batch=512):
     """Yield (uint8 (n, 3, S, S) on `device`, their n indices) over a tensor or a list of files, in order, nothing random."""
     chunks = [range(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
     if torch.is_tensor(images):
-        yield from ((images[c.start:c.stop].to(device), c) for c in chunks)
+        yield from ((fit(images[c.start:c.stop].to(device), size), c) for c in chunks)
     else:
         yield from ((x[0], i) for x, i in Files(name, images, size, resize).batches(chunks, workers, device))
 
@@ -581,8 +581,8 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=5, metric="euclidea
     classes, ks = int(bank_labels.max()) + 1, [k] if isinstance(k, int) else k
     correct = torch.zeros(len(ks), device=queries.device)
     for q, y in zip(queries.split(1024), query_labels.split(1024)):
-        near = q @ bank.T if metric == "cosine" else -torch.cdist(q, bank)
-        near, index = near.topk(min(max(ks), len(bank)), dim=1)
+        near = q @ bank.T if metric == "cosine" else torch.cdist(q, bank)
+        near, index = near.topk(min(max(ks), len(bank)), dim=1, largest=metric == "cosine")
         weight = ((near - 1) / temperature).exp() if metric == "cosine" else torch.ones_like(near)
         for i, few in enumerate(ks):
             votes = torch.zeros(len(q), classes, device=q.device).scatter_add_(1, bank_labels[index[:, :few]], weight[:, :few])

@@ -7,12 +7,12 @@
   python eval_linear.py runs/barlow_sparsehead --protocol spectrum --overlay runs/barlow_sparsehead-baseline      a picture of two runs
 
   linear          a linear classifier on frozen features: Adam, 1e-2 to 1e-6 (exponential), 500 epochs, weight decay 5e-6, batch 1000, the
-                  protocol of Ermolov et al. 2021 that TC2 and SparseHead cite. [TC2 Tables 1, 5; GeSSL Tables 1, 7-9; SparseHead Table 1]
+                  protocol of Ermolov et al. 2021 that TC2 and SparseHead cite. [TC2 Table 5; GeSSL Tables 1, 7-9; SparseHead Table 1]
   knn             --k nearest neighbours: Euclidean, majority (the papers: k = 5), and cosine weighted with exp(cos / 0.07) (the field: k = 200)
   finetune        the whole network on a class-balanced share of the labels, crops and flips; with the learning rates of the papers: 50 epochs, SGD,
                   classifier and backbone 0.05 and 1e-4 (1 %), 1.0 and 0.01 (10 %). A ViT: AdamW with layer-wise decay, as MAE's Appendix A.
                   [TC2 Table 8, GeSSL Table 2, SparseHead Table 2]
-  fewshot         N-way K-shot episodes on the test images: nearest centroid and logistic regression, 95 % interval. [GeSSL Tables 4, 10-12]
+  fewshot         N-way K-shot episodes on the test images: nearest centroid and logistic regression, 95 % interval. [GeSSL Tables 4, 12]
   sigma           -log pi_y when each view of an unseen image is classified among N images; log N = nothing learned. [GeSSL Def. 3.2, Fig. 5]
   adaptation      the same accuracy on training tasks before and after one gradient step on the task itself. [GeSSL Def. 3.1, Table 15]
   spectrum        eigenvalues of the covariance of representations r and embeddings z, effective ranks, picture. [SparseHead Figs. 1 and 3]
@@ -31,12 +31,11 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.func import functional_call
 
-from common import (SMALL, Data, Parser, batch_stats_only, effective_rank, embedding_std, extract_features, fail, knn_accuracy, load_data,
-                    load_torch, lr_scale, make_backbone, number, rng, save, save_text, setup_distributed, training_views)
+from common import (SMALL, ClassFolders, Data, Parser, batch_stats_only, class_hash, effective_rank, embedding_std, extract_features, fail, knn_accuracy, load_data,
+                    load_torch, lr_scale, make_backbone, number, read_classes, rng, save, save_text, setup_distributed, training_views)
 from simclr_tc2 import AUGMENTATION, gradient_conflict, info_nce
 
 PROBE_LR, PROBE_DECAY = 1e-2, 5e-6
@@ -59,8 +58,11 @@ def balanced_subset(labels, fraction, seed):
 
 
 def hold_out(labels, fraction, seed):
-    """(rest, held): ascending, disjoint indices of all labelled images; held is class-balanced."""
-    held = balanced_subset(labels, fraction, seed)
+    """(rest, held): ascending, disjoint indices of all labelled images; held is class-balanced, without classes of a single image."""
+    alone = labels.clamp(min=0).bincount(labels >= 0)[labels.clamp(min=0)] < 2
+    if alone.all():
+        fail("--sweep: no class has two labelled images, one to train on and one to hold out")
+    held = balanced_subset(labels.masked_fill(alone, -1), fraction, seed)
     rest = labels >= 0
     rest[held] = False
     return rest.nonzero()[:, 0], held
@@ -68,17 +70,22 @@ def hold_out(labels, fraction, seed):
 
 def listed_subset(files, path):
     """Ascending indices of the files that the text file `path` lists, one name or tail of a path per line."""
-    tails, chosen = {}, []
+    try:
+        with open(path) as file:
+            lines = [line.strip().removeprefix("./") for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        fail(f"--label-list {path}: is not a text file ({error})")
+    tails, depths = {}, {line.count("/") + 1 for line in lines}
     for i, name in enumerate(files):
         parts = name.replace(os.sep, "/").split("/")
-        for k in range(1, len(parts) + 1):
-            tails.setdefault("/".join(parts[-k:]), []).append(i)
-    with open(path) as file:
-        for line in filter(None, map(str.strip, file)):
-            if len(found := tails.get(line.removeprefix("./"), [])) != 1:
-                fail(f"--label-list {path}: {line} names {len(found)} of the training files, not one")
-            chosen += found
-    return torch.tensor(sorted(set(chosen)))
+        for depth in depths:
+            tails.setdefault("/".join(parts[-depth:]), []).append(i)
+    chosen = set()
+    for line in lines:
+        if len(found := tails.get(line, [])) != 1:
+            fail(f"--label-list {path}: {line} names {len(found)} of the training files, not one")
+        chosen.update(found)
+    return torch.tensor(sorted(chosen)) if chosen else fail(f"--label-list {path}: lists no image")
 
 
 # ---- protocols on features ------------------------------------------------------------------------------------------
@@ -91,12 +98,13 @@ def fit_probes(x, y, classes, settings, epochs, seed, batch=1000):
     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     W = torch.cat([first.weight, first.bias[:, None]], 1).to(x.device).repeat(P, 1)                                 # (P classes, d + 1)
     lr, decay = (torch.tensor(c, dtype=x.dtype, device=x.device).repeat_interleave(classes)[:, None] for c in zip(*settings))
-    target, mean, square, step = F.one_hot(y, classes).to(x.dtype), torch.zeros_like(W), torch.zeros_like(W), 0
+    mean, square, step, place = torch.zeros_like(W), torch.zeros_like(W), 0, torch.arange(min(batch, n), device=x.device)
     for epoch in range(epochs):
         order, epoch_lr = torch.randperm(n, generator=rng(seed, epoch)).to(x.device), lr * 1e-4 ** (epoch / max(1, epochs - 1))
         for rows in order.split(batch):
             xb, step = x.index_select(0, rows), step + 1
-            p = (W @ xb.T).view(P, classes, -1).softmax(1).sub_(target.index_select(0, rows).T)                     # images last: twice as fast
+            p = (W @ xb.T).view(P, classes, -1).softmax(1)                                                          # images last: twice as fast
+            p[:, y[rows], place[:len(rows)]] -= 1
             grad = torch.addmm(decay * W, p.flatten(0, 1), xb, alpha=1 / len(rows))
             mean.lerp_(grad, 0.1)
             square.mul_(0.999).addcmul_(grad, grad, value=0.001)
@@ -106,7 +114,7 @@ def fit_probes(x, y, classes, settings, epochs, seed, batch=1000):
 
 def top_accuracies(logits, y):
     hit = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
-    return {"top1": 100 * hit[:, 0].float().mean().item(), "top5": 100 * hit.any(1).float().mean().item()}
+    return {"top1": 100 * hit[:, 0].float().mean().item()} | ({"top5": 100 * hit.any(1).float().mean().item()} if logits.shape[1] > 5 else {})
 
 
 def linear(train, test, args):
@@ -238,7 +246,7 @@ def task_views(job, part, count):
 
 def count_tasks(job, part, groups):
     count = min(MAX_TASKS, len(part.labels) // (groups * job.args.task_size))
-    return count or fail(f"--task-size {job.args.task_size}: {groups} such tasks need more than the {len(part.labels)} images of {part.name}")
+    return count if count * groups > 1 else fail(f"--task-size {job.args.task_size}: two such tasks need more than the {len(part.labels)} images of {part.name}")
 
 
 def sigma_protocol(job):
@@ -275,8 +283,8 @@ def adaptation(job):
     (a, a_pm), (b, b_pm) = interval(torch.stack(before)), interval(torch.stack(after))
     found = {"before": a, "before_pm": a_pm, "after": b, "after_pm": b_pm}
     for other in job.args.overlay:
-        rows = [r for r in read_json(os.path.join(other, "eval.json"))["results"] if (r["protocol"], r["metric"], r.get("data")) == ("adaptation", "after", job.name)]
-        found[f"r_{os.path.basename(os.path.normpath(other))}"] = rows[0]["value"] / b if rows else fail(f"--overlay {other}: no adaptation on {job.name} in its eval.json")
+        rows = [r for r in read_json(os.path.join(other, "eval.json"))["results"] if row_key(r) == (job.name, "adaptation", "after", settings_of("adaptation", job.args))]
+        found[f"r_{run_name(other)}"] = rows[0]["value"] / b if rows else fail(f"--overlay {other}: no adaptation on {job.name} with the same settings in its eval.json")
     return found
 
 
@@ -311,17 +319,18 @@ def layer_groups(backbone, head, lr, weight_decay, decay):
 
 def tune(job, images, labels, test, classes, fraction, scale):
     """Logits (n, classes) of `test` = (images, labels) after fine-tuning a copy of the backbone and a new classifier on (images, labels)."""
-    args, state, batch = job.args, job.state, min(256, len(labels))
+    args, state, batch = job.args, job.state, len(labels) // -(-len(labels) // 256)                    # at most 256, hardly an image left out
     recipe = dict(crop=(0.08 if state["image_size"] > SMALL else 0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter_p=0, jitter=(0, 0, 0, 0), gray_p=0, blur_p=0,
                   solarize_p=0, mean=state["mean"], std=state["std"])
     torch.manual_seed(args.seed)
-    backbone, head = copy.deepcopy(job.backbone).train(), nn.Linear(job.features[0][0].shape[1], classes).to(job.device)
+    backbone, head = copy.deepcopy(job.backbone).train(), nn.Linear(job.width, classes).to(job.device)
     net = nn.Sequential(backbone, head)
     nn.init.zeros_(head.weight)
     if hasattr(backbone, "patch_embed"):
         opt = torch.optim.AdamW(layer_groups(backbone, head, VIT_LR * scale * batch / 256, VIT_WEIGHT_DECAY, VIT_LAYER_DECAY))
     else:
         head_lr, body_lr = TUNE_LR[min(TUNE_LR, key=lambda f: abs(math.log(f / fraction)))]
+        scale = scale * batch / 256
         opt = torch.optim.SGD([{"params": backbone.parameters(), "lr": body_lr * scale}, {"params": head.parameters(), "lr": head_lr * scale}], momentum=0.9)
     per_epoch, peak = len(labels) // batch, [group["lr"] for group in opt.param_groups]
     total, warmup = args.tune_epochs * per_epoch, 0.1 * args.tune_epochs * per_epoch if hasattr(backbone, "patch_embed") else 0
@@ -343,24 +352,21 @@ def finetune(job):
     """{"1%_top1": .., "1%_top5": .., "1%_images": ..} for each --label-fraction, or of the images in --label-list."""
     part, args, found, device = job.train, job.args, {}, job.device
     classes = int(torch.cat([part.labels, job.test.labels]).max()) + 1
-    take = lambda rows: part.images[rows.to(part.images.device)] if torch.is_tensor(part.images) else [part.images[i] for i in rows]
     if args.label_list:
         rows = listed_subset(part.files or fail(f"--label-list: the images of {part.name} are not files"), args.label_list)
         chosen = {"list": (len(rows) / len(part.labels), rows)}
     else:
         chosen = {f"{100 * f:g}%": (f, balanced_subset(part.labels, f, 0)) for f in args.label_fraction}        # the same images for every seed
-    seen = job.test.labels >= 0
-    test = (job.test.images[seen.to(device if job.test.images.is_cuda else "cpu")] if torch.is_tensor(job.test.images)
-            else [f for f, ok in zip(job.test.images, seen) if ok]), job.test.labels[seen]
+    test = take(job.test, (job.test.labels >= 0).nonzero()[:, 0]), job.test.labels[job.test.labels >= 0]
     for name, (fraction, rows) in chosen.items():
         scale, labels = 1, part.labels[rows]
         if args.sweep:
             rest, held = hold_out(labels, 0.2, args.seed)
-            scores = [top_accuracies(*tune(job, take(rows[rest]), labels[rest], (take(rows[held]), labels[held]), classes, fraction, s))["top1"] for s in TUNE_GRID]
+            scores = [top_accuracies(*tune(job, take(part, rows[rest]), labels[rest], (take(part, rows[held]), labels[held]), classes, fraction, s))["top1"] for s in TUNE_GRID]
             print("\n".join(f"  sweep: {name} of the labels, learning rates times {s:g}: {score:.2f} on {len(held)} held out" for s, score in zip(TUNE_GRID, scores)))
             scale = TUNE_GRID[scores.index(max(scores))]
-        accuracies = top_accuracies(*tune(job, take(rows), labels, test, classes, fraction, scale))
-        found |= {f"{name}_top1": accuracies["top1"], f"{name}_top5": accuracies["top5"], f"{name}_images": len(rows)} | ({f"{name}_lr_scale": scale} if args.sweep else {})
+        accuracies = top_accuracies(*tune(job, take(part, rows), labels, test, classes, fraction, scale))
+        found |= {f"{name}_{k}": v for k, v in {**accuracies, "images": len(rows), **({"lr_scale": scale} if args.sweep else {})}.items()}
     return found
 
 
@@ -384,7 +390,7 @@ def plot_spectra(runs, path):
     """Log-scaled eigenvalues by index, representation left, embedding right, one curve per run. [SparseHead Figs. 1 and 3]"""
     axes, finish = figure_of(2)
     for run, style in zip(runs, ["-", "--", "-.", ":"] * len(runs)):
-        for axis, (name, values) in zip(axes, read_json(os.path.join(run, "spectrum.json")).items()):
+        for axis, (name, values) in zip(axes, read_json(os.path.join(run, "spectrum.json"))["eigenvalues"].items()):
             values = torch.tensor(values, dtype=torch.float64)
             axis.plot((values / values[0]).clamp(min=1e-16).log10(), style, label=f"{run_name(run)}, {len(values)} dimensions")
             axis.set(title=name, xlabel="index of the eigenvalue", ylabel="log10 of eigenvalue / largest")
@@ -414,7 +420,7 @@ def plot_conflict(runs, path):
 
 def pca(job):
     """pca.png: up to 2,000 test features in the plane of their two largest variances, coloured by class (the first ten); shares in percent."""
-    x, y = (t[:: max(1, len(t) // 2000)].cpu() for t in job.features[1])
+    x, y = (t[:: -(-len(t) // 2000)].cpu() for t in features(job, job.test))
     points, share = pca_plane(x)
     (axis,), finish = figure_of(1)
     for c, marker in zip(y.unique().tolist(), "os^vD<>PX*"):
@@ -434,11 +440,14 @@ def spaces_of(job, h):
 def spectrum(job):
     """Effective rank, and number of eigenvalues above 1e-6 of the largest, of representation and embedding of the test images."""
     found, spectra = {}, {}
-    for name, x in spaces_of(job, job.features[1][0]).items():
+    for other in job.args.overlay:
+        if (seen := read_json(os.path.join(other, "spectrum.json"))["data"]) != job.name:
+            fail(f"--overlay {other}: its spectrum.json is of {seen}, not of {job.name}")
+    for name, x in spaces_of(job, features(job, job.test)[0]).items():
         values = eigenvalues(x)
         spectra[name] = values.tolist()
         found |= {f"{name}_rank": effective_rank(x).item(), f"{name}_above_1e-6": (values > 1e-6 * values[0]).sum().item()}
-    save_text(os.path.join(job.args.run, "spectrum.json"), json.dumps(spectra))
+    save_text(os.path.join(job.args.run, "spectrum.json"), json.dumps({"data": job.name, "eigenvalues": spectra}))
     plot_spectra([job.args.run, *job.args.overlay], os.path.join(job.args.run, "spectrum.png"))
     return found
 
@@ -446,33 +455,47 @@ def spectrum(job):
 def ratios(job):
     """Median and tenth percentile of M over up to 5,000 test images, and the spread of the features (0 = collapsed). [SparseHead Eq. 9]"""
     found = {}
-    for name, z in spaces_of(job, job.features[1][0][:5000]).items():
+    for name, z in spaces_of(job, features(job, job.test)[0][:5000]).items():
         ratio = distance_ratio(z)
         found |= {name: ratio.median().item(), f"{name}_tenth": ratio.quantile(0.1).item(), f"{name}_std": embedding_std(z).item()}
     return found
 
 
-def on_features(protocol):
-    """A protocol (train, test, args) on --on representation or embedding, once for each held-out domain with --domains."""
+def on_features(protocol, parts=("train", "test")):
+    """A protocol (train, test, args), or of one of them, on --on representation or embedding, once for each held-out domain with --domains."""
     def run(job):
         pick = lambda part: (spaces_of(job, part[0])[job.args.on], part[1])
         if not job.domains:
-            return protocol(*map(pick, job.features), job.args)
-        found = {}
-        for name in job.domains:
-            others = [job.domains[other] for other in job.domains if other != name]
-            train, test = pick([torch.cat(c) for c in zip(*others)]), pick(job.domains[name])
-            for metric, value in protocol(train, test, job.args).items():
+            return protocol(*(pick(features(job, getattr(job, part))) for part in parts), job.args)
+        domains, found = {run_name(part.name): features(job, part) for part in job.domains}, {}
+        for name in domains:
+            train = pick([torch.cat(c) for c in zip(*(domains[other] for other in domains if other != name))])
+            for metric, value in protocol(train, pick(domains[name]), job.args).items():
                 found.setdefault(metric, {})[name] = value
         return {f"{metric}_{name}": value for metric, values in found.items() for name, value in
                 {**values, "average": sum(values.values()) / len(values), "worst": min(values.values())}.items()}
     return run
 
 
-PROTOCOLS = {"linear": on_features(linear), "knn": on_features(lambda train, test, args: knn(train, test, args.k)), "finetune": finetune,
-             "fewshot": on_features(lambda train, test, args: fewshot(test, args)), "sigma": sigma_protocol, "adaptation": adaptation, "spectrum": spectrum,
-             "distance-ratio": ratios, "conflict": conflict, "pca": pca}
+def knn_protocol(train, test, args):
+    for k in (too_many := [k for k in args.k if k > len(train[0])]):
+        print(f"  knn: left out k = {k}, there are only {len(train[0])} training images")
+    return knn(train, test, [k for k in args.k if k not in too_many] or fail(f"--k {args.k}: there are only {len(train[0])} training images"))
+
+
+PROTOCOLS = {"linear": on_features(linear), "knn": on_features(knn_protocol), "finetune": finetune, "fewshot": on_features(fewshot, ["test"]), "sigma": sigma_protocol,
+             "adaptation": adaptation, "spectrum": spectrum, "distance-ratio": ratios, "conflict": conflict, "pca": pca}
 BY_DOMAIN = ("linear", "knn")
+SETTINGS = {"linear": ("probe_epochs", "seed"), "finetune": ("tune_epochs", "seed"), "fewshot": ("queries", "episodes", "seed"), "sigma": ("task_size", "seed"),
+            "adaptation": ("task_size", "inner_lr", "seed"), "conflict": ("task_size", "seed")}         # rows of eval.json differ if these do
+
+
+def settings_of(protocol, args):
+    return {k: getattr(args, k) for k in SETTINGS.get(protocol, ())}
+
+
+def row_key(row):
+    return tuple(row.get(k) for k in ("data", "protocol", "metric", "settings"))
 
 
 def parse_args(argv=None):
@@ -480,6 +503,7 @@ def parse_args(argv=None):
     flag = lambda name, kind, text, **kw: p.add_argument(name, type=kind, help=text.replace("%", "%%"), **kw)
     p.add_argument("run", metavar="RUN", help="folder with backbone.pt")
     flag("--data", str, "as in the training scripts (default: the data of the run)")
+    flag("--classes", str, "file of class names: only these class folders (default: the run's, on the run's data)")
     flag("--train-data", str, "train here instead: a data set, a folder with train/, or a folder of class folders")
     flag("--test-data", str, "and test here, on the same classes")
     flag("--domains", str, "folder of domains, each a folder of the same class folders: train on all but one, test on it, average and worst")
@@ -510,6 +534,8 @@ def check_args(args):
         fail("--data, --train-data, --domains: choose one")
     if args.domains and set(args.protocol) - set(BY_DOMAIN):
         fail(f"--domains: goes with {' and '.join(BY_DOMAIN)}, not with {', '.join(sorted(set(args.protocol) - set(BY_DOMAIN)))}")
+    if args.domains and args.sweep:
+        fail("--sweep: cannot go with --domains")
     if args.label_list and not os.path.isfile(args.label_list):
         fail(f"--label-list {args.label_list}: no such file")
     for other in args.overlay:
@@ -546,22 +572,32 @@ def load_projector(folder, settings, device):
     return nets["projector"].to(device).eval().requires_grad_(False) if "projector" in nets else None
 
 
-Part = namedtuple("Part", "name images labels classes files")
+Part = namedtuple("Part", "name split images labels classes files")
 
 
-def load_part(name, split, size, workers, data=None):
+def take(part, rows):
+    """The images of a Part at the given rows: a tensor, or a list of files."""
+    return part.images[rows] if torch.is_tensor(part.images) else [part.images[i] for i in rows]
+
+
+def load_part(name, split, size, args, only=None):
     """A Part: split "train" or "test" of whatever --data can name, or the whole of a folder of class folders."""
-    if os.path.isdir(name) and not any(os.path.isdir(os.path.join(name, s)) for s in ("train", "val", "test")):
+    if os.path.isdir(name) and not (os.path.isdir(f"{name}/train") and any(os.path.isdir(f"{name}/{s}") for s in ("val", "test"))):
         try:
-            found = torchvision.datasets.ImageFolder(name)
+            found = ClassFolders(name, read_classes(only))
         except FileNotFoundError as error:
-            fail(f"--data {name}: {str(error).split('. Supp')[0]}")
+            fail(f"{name}: {str(error).split('. Supp')[0]}")
         files = [f for f, _ in found.samples]
-        return Part(name, files, torch.tensor(found.targets), found.classes, files)
-    data = data or load_data(name, size if size <= SMALL else None, workers)
+        return Part(name, split, files, torch.tensor(found.targets), found.classes, files)
+    return parts_of(name, size, args, only)[split == "test"]
+
+
+def parts_of(name, size, args, only=None):
+    """Training and test Part of whatever --data can name."""
+    data = load_data(name, size if size <= SMALL else None, args.workers, only)
     if data.train_labels is None:
-        fail(f"--data {name}: has no class folders, and these protocols need labels")
-    return Part(name, *((data.train, data.train_labels) if split == "train" else (data.test, data.test_labels)), data.classes, data.files if split == "train" else None)
+        fail(f"--data {name}: has no train/ and val/ or test/ of class folders; a single folder of them can be --train-data or --test-data")
+    return Part(name, "train", data.train, data.train_labels, data.classes, data.files), Part(name, "test", data.test, data.test_labels, data.classes, None)
 
 
 def same_classes(a, b):
@@ -578,28 +614,36 @@ def digest(*things):
     return h.hexdigest()
 
 
-def part_features(job, part):
-    """(features (n, d), labels (n,)) on the device, images without label left out; from RUN/features if they have been computed before."""
-    content = part.images if torch.is_tensor(part.images) else [(f, os.path.getsize(f), os.path.getmtime(f)) for f in part.images]
+def features(job, part):
+    """(features (n, d), labels (n,)) on the device of the labelled images; from RUN/features if they have been computed before."""
+    if part.name + part.split in job.known:
+        return job.known[part.name + part.split]
+    rows, state = (part.labels >= 0).nonzero()[:, 0], job.state
+    images, labels = take(part, rows) if len(rows) < len(part.labels) else part.images, part.labels[rows]
+    content = images if torch.is_tensor(images) else [(f, os.path.getsize(f), os.path.getmtime(f)) for f in images]
     folder = os.path.join(job.args.run, "features")
-    path = os.path.join(folder, digest(*(v for kv in job.frozen.items() for v in kv), *(job.state[k] for k in ("image_size", "mean", "std")), content, part.labels)[:24] + ".pt")
+    path = os.path.join(folder, digest(*(v for kv in job.frozen.items() for v in kv), *(state[k] for k in ("image_size", "mean", "std")), content, labels)[:24] + ".pt")
     if os.path.isfile(path):
         found = load_torch(path, f"RUN {job.args.run}", ("x", "labels"))
-        return found["x"].to(job.device), found["labels"].to(job.device)
-    begun = time.perf_counter()
-    x, kept = extract_features(job.backbone, part.images, job.state["image_size"], job.state["mean"], job.state["std"], job.args.workers, job.device, part.name)
-    labels = part.labels[kept]
-    x, labels = x[labels >= 0], labels[labels >= 0]
-    print(f"features of {len(x)} images of {part.name}: {time.perf_counter() - begun:.1f} s")
-    os.makedirs(folder, exist_ok=True)
-    save(path, {"x": x.cpu(), "labels": labels})
-    return x, labels.to(job.device)
+        x, labels = found["x"].to(job.device), found["labels"]
+    else:
+        begun = time.perf_counter()
+        x, kept = extract_features(job.backbone, images, state["image_size"], state["mean"], state["std"], job.args.workers, job.device, part.name)
+        labels = labels[kept]
+        print(f"features of {len(x)} {part.split} images of {part.name}: {time.perf_counter() - begun:.1f} s")
+        os.makedirs(folder, exist_ok=True)
+        save(path, {"x": x.cpu(), "labels": labels})
+    return job.known.setdefault(part.name + part.split, (x, labels.to(job.device)))
+
+
+def as_text(value):
+    return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
 
 
 def show(run, data, rows):
     """The aligned table, intervals beside their means, and a Markdown row with its head."""
     half = {(r["protocol"], r["metric"]): r["value"] for r in rows}
-    cells = [(r["protocol"], r["metric"], f"{r['value']:.2f}" + (f" ± {half[pm]:.2f}" if (pm := (r["protocol"], r["metric"] + "_pm")) in half else ""))
+    cells = [(r["protocol"], r["metric"], as_text(r["value"]) + (f" ± {half[pm]:.2f}" if (pm := (r["protocol"], r["metric"] + "_pm")) in half else ""))
              for r in rows if not r["metric"].endswith("_pm")]
     widths = [max(map(len, column)) + 2 for column in zip(*cells)]
     print("\n".join(f"{p:<{widths[0]}}{m:<{widths[1]}}{v:>{widths[2]}}" for p, m, v in cells))
@@ -612,56 +656,56 @@ def read_json(path):
 
 
 def make_job(args):
-    """What the protocols need: backbone, projector, images, features."""
-    job = SimpleNamespace(args=args, device=setup_distributed()[2], domains=None, projector=None)
+    """What the protocols need: backbone, projector, images; features are computed when a protocol asks for them."""
+    job = SimpleNamespace(args=args, device=setup_distributed()[2], domains=None, projector=None, known={})
     job.backbone, job.state, settings = load_run(args.run)
     job.backbone.to(job.device).eval().requires_grad_(False)
     job.frozen = {k: v.clone() for k, v in job.backbone.state_dict().items()}
-    job.projector = load_projector(args.run, settings, job.device)
+    job.projector, size = load_projector(args.run, settings, job.device), job.state["image_size"]
+    with torch.no_grad():
+        job.width = job.backbone(torch.zeros(1, 3, size, size, device=job.device)).shape[1]
     if args.on == "embedding" and job.projector is None:
         fail(f"--on embedding: RUN {args.run} has no projector, or no last.pt and log.jsonl to build it from")
-    size = job.state["image_size"]
     if args.domains:
         folders = sorted(d.path for d in os.scandir(args.domains) if d.is_dir()) if os.path.isdir(args.domains) else fail(f"--domains {args.domains}: no such folder")
-        parts = [load_part(folder, "train", size, args.workers) for folder in folders]
-        if len(parts) < 2:
-            fail(f"--domains {args.domains}: has {len(parts)} domains, leaving one out needs two")
-        for part in parts[1:]:
-            same_classes(parts[0], part)
-        job.name, job.classes = args.domains, parts[0].classes
-        job.domains = {run_name(part.name): part_features(job, part) for part in parts}
-        return job
-    if args.train_data:
-        job.train, job.test = load_part(args.train_data, "train", size, args.workers), load_part(args.test_data, "test", size, args.workers)
+        job.name, job.domains = args.domains, [load_part(folder, "train", size, args, args.classes) for folder in folders]
+        if len(job.domains) < 2:
+            fail(f"--domains {args.domains}: has {len(job.domains)} domains, leaving one out needs two")
+        for part in job.domains[1:]:
+            same_classes(job.domains[0], part)
+    elif args.train_data:
+        job.train, job.test = load_part(args.train_data, "train", size, args, args.classes), load_part(args.test_data, "test", size, args, args.classes)
         job.name = f"{args.train_data} -> {args.test_data}"
+        if job.train.images is job.test.images or job.train.files is not None and set(job.train.files) & set(job.test.images if not torch.is_tensor(job.test.images) else ()):
+            fail(f"--train-data {args.train_data}, --test-data {args.test_data}: have images in common")
         same_classes(job.train, job.test)
     else:
-        job.name = args.data or settings.get("data") or fail(f"--data: not given, and {args.run} has no log that names it")
-        data = load_data(job.name, size if size <= SMALL else None, args.workers, settings.get("classes") if job.name == settings.get("data") else None)
-        job.train, job.test = (load_part(job.name, split, size, args.workers, data) for split in ("train", "test"))
-    job.features = [part_features(job, part) for part in (job.train, job.test)]
+        own = settings.get("data")
+        job.name = args.data or own or fail(f"--data: not given, and {args.run} has no log that names it")
+        job.train, job.test = parts_of(job.name, size, args, args.classes or (settings.get("classes") if own and os.path.realpath(job.name) == os.path.realpath(own) else None))
     return job
 
 
 def main(argv=None):
     args = parse_args(argv)
     check_args(args)
-    job = make_job(args)
-    images = [sum(len(x) for x, _ in job.domains.values())] * 2 if job.domains else [len(x) for x, _ in job.features]
-    print(f"{args.run} on {job.name}: {images[0]} training and {images[1]} test images" if not job.domains else f"{args.run} on {len(job.domains)} domains of {job.name}")
-    rows = []
+    job, rows = make_job(args), []
+    count = lambda part: int((part.labels >= 0).sum())
+    images = [sum(map(count, job.domains))] * 2 if job.domains else [count(job.train), count(job.test)]
+    print(f"{args.run} on {job.name}: " + (f"{len(job.domains)} domains, {images[0]} images" if job.domains else f"{images[0]} training and {images[1]} test images")
+          + f", classes {class_hash((job.domains or [job.train])[0].classes)}")
     for protocol in args.protocol:
         label = protocol + " (embedding)" * (args.on == "embedding" and protocol in ("linear", "knn", "fewshot")) + " (sweep)" * (args.sweep and protocol in ("linear", "finetune"))
         begun = time.perf_counter()
-        rows += [{"data": job.name, "protocol": label, "metric": metric, "value": round(value, 4)} for metric, value in PROTOCOLS[protocol](job).items()]
+        rows += [{"data": job.name, "protocol": label, "metric": metric, "value": float(f"{value:.6g}"), "settings": settings_of(protocol, args)}
+                 for metric, value in PROTOCOLS[protocol](job).items()]
         rows[-1]["seconds"] = round(time.perf_counter() - begun, 1)
         if not all(torch.equal(v, job.frozen[k]) for k, v in job.backbone.state_dict().items()):
             raise AssertionError(f"{protocol} has changed the backbone")
     show(run_name(args.run), job.name, rows)
-    key, path = lambda r: (r.get("data"), r["protocol"], r["metric"]), os.path.join(args.run, "eval.json")
-    rows = [r | {"train_images": images[0], "test_images": images[1], "command": shlex.join(["eval_linear.py", *(sys.argv[1:] if argv is None else argv)])} for r in rows]
-    kept = [r for r in read_json(path)["results"] if key(r) not in set(map(key, rows))] if os.path.isfile(path) else []
-    save_text(path, json.dumps({"arch": job.state["arch"], "results": kept + rows}, indent=1))
+    path, made = os.path.join(args.run, "eval.json"), {"train_images": images[0], "test_images": images[1], "command": shlex.join(["eval_linear.py", *(sys.argv[1:] if argv is None else argv)])}
+    kept = [r for r in read_json(path)["results"] if row_key(r) not in list(map(row_key, rows))] if os.path.isfile(path) else []
+    save_text(path, json.dumps({"arch": job.state["arch"], "results": kept + [r | made for r in rows]}, indent=1))
 
 
 if __name__ == "__main__":

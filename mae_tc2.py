@@ -48,7 +48,7 @@ DECODERS = {"vit_micro": (64, 1), "vit_tiny": (128, 4), "vit_small": (192, 4), "
 WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0, 0, 0, 0), jitter_p=0.0, gray_p=0.0, blur_p=0.0, solarize_p=0.0,
             mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 AUGMENTATION = {"shapes": [WEAK], "small": [WEAK], "imagenet": [dict(WEAK, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))]}     # MAE Section 4: crop and flip
-RECIPES = {     # imagenet: MAE Appendix A, lr = 1.5e-4 per 256 images; small: the same with a patch of 4
+RECIPES = {     # imagenet: MAE Appendix A, lr = 1.5e-4 per 256 images; the others are ours, small is untried at this length
     "shapes": dict(arch="vit_micro", epochs=6, batch_size=16, lr=2e-3, weight_decay=0.05, warmup_epochs=0.5, eval_every=2, views=1, patch_size=4,
                    norm_pixels=False, position_base=30, tc2_masks=2, tc2_tasks=2),
     "small": dict(arch="vit_tiny", epochs=400, batch_size=512, lr=1e-3, weight_decay=0.05, warmup_epochs=20.0, eval_every=20, views=1, patch_size=4,

@@ -325,8 +325,10 @@ def diagnose(nets, views, args):
     """Figure 1b/c at the present weights: the gradients of InfoNCE over all views of K groups of this batch (4 if K = 1), on z (raw) and on
     z_hat (calibrated), and the health of both. The groups are random, so their cosine also falls when they are small."""
     encoder, m, K = nn.Sequential(nets["backbone"], nets["projector"]), len(views), args.tasks if args.tasks > 1 else 4
+    views = [v[:K * max(2, args.micro_batch // m)] for v in views] if args.micro_batch else views       # a group is as large as a part
     with batch_stats_only(encoder):
-        Z = embed(encoder, torch.cat(views), args).detach()
+        with torch.no_grad():
+            Z = embed(encoder, torch.cat(views), args)
         found, spaces = {"rank_z": effective_rank(Z)}, {"raw": lambda z: z}
         if not args.baseline and args.calibrate != "none":
             V = nets["factor_net"](batch_summary(Z)).detach()

@@ -68,7 +68,7 @@ def test_every_protocol_on_a_run_with_picture(script, capsys):
     assert {r["protocol"] for r in found} == set(eval_linear.PROTOCOLS) and all(r["data"] == "fake" and (r["train_images"], r["test_images"]) == (512, 128) for r in found)
     head, line, row = out.splitlines()[-3:]
     assert head.count("|") == line.count("|") == row.count("|") and row.startswith("| r | fake |") and "±" in row
-    assert all(f"{r['value']:.2f}" in row for r in found)
+    assert all(eval_linear.as_text(r["value"]) in row for r in found)
     with_projector = script.__name__ != "mae_tc2"
     assert ("embedding" in values("sigma")) == ("embedding_rank" in values("spectrum")) == ("embedding" in values("distance-ratio")) == with_projector
     assert values("sigma")["log_n"] == pytest.approx(torch.tensor(16.0).log().item(), abs=1e-3)
@@ -110,11 +110,13 @@ def test_features_are_computed_once_and_again_for_other_weights_or_data(monkeypa
 def test_a_call_replaces_the_same_measurements_only_and_says_how_each_was_made():
     make_run()
     folder = image_folder("d")
-    for protocol in ("knn --k 1", "linear", "linear --seed 1", "knn --k 2", "linear --sweep"):
+    for protocol in ("knn --k 1", "linear", "linear --seed 1", "linear --seed 1", "knn --k 2 --seed 5", "linear --sweep"):
         eval_linear.main(["r", "--data", folder, "--probe-epochs", "2", "--protocol", *protocol.split()])
-    found = {(r["protocol"], r["metric"]): r for r in results()}
-    assert len(found) == len(results()) and {m for p, m in found if p == "knn"} == {f"k{k}_{m}" for k in (1, 2) for m in ("euclidean", "cosine")}
-    assert found["linear", "top1"]["command"].endswith("--protocol linear --seed 1") and "--sweep" in found["linear (sweep)", "top1"]["command"]
+    found = {(r["protocol"], r["metric"], r["settings"].get("seed")): r for r in results()}
+    assert len(found) == len(results()) and {m for p, m, _ in found if p == "knn"} == {f"k{k}_{m}" for k in (1, 2) for m in ("euclidean", "cosine")}
+    assert {s for p, m, s in found if (p, m) == ("linear", "top1")} == {0, 1} and found["linear", "top1", 1]["command"].endswith("--protocol linear --seed 1")
+    decay = found["linear (sweep)", "weight_decay", 0]["value"]
+    assert decay in [d for _, d in eval_linear.PROBE_GRID] and "--sweep" in found["linear (sweep)", "top1", 0]["command"]
 
 
 def test_embedding_is_what_the_projector_makes_of_the_features():
@@ -158,17 +160,70 @@ def test_bad_data_gives_one_sentence(capsys):
     image_folder("t")
     os.makedirs("empty/x")
     shutil.copytree("t/train/a", "bare")
+    image_folder("one", n=1)
+    open("nothing.txt", "w").close()
     before = sorted(glob.glob("**", recursive=True))
     for argv, words in ((["--train-data", "a", "--test-data", "b"], ("a and b", "y", "z")), (["--train-data", "a"], ("--test-data",)), (["--domains", "d"], ("--domains d", "1 domains")),
                         (["--domains", "none"], ("--domains none",)), (["--domains", "d", "--protocol", "sigma"], ("--domains", "sigma")), (["--data", "t", "--domains", "d"], ("choose one",)),
                         (["--data", "empty"], ("empty",)), (["--data", "bare"], ("bare",)), ([], ("--data",)), (["--data", "t", "--on", "embedding"], ("--on embedding", "projector")),
                         (["--data", "t", "--protocol", "fewshot"], ("--way 5",)), (["--data", "t", "--protocol", "sigma"], ("--task-size 64",)),
                         (["--data", "t", "--protocol", "finetune", "--label-list", "none.txt"], ("--label-list none.txt",)), (["--data", "t", "--label-fraction", "2"], ("'2'",)),
-                        (["--data", "t", "--protocol", "adaptation", "--overlay", "q"], ("--overlay q", "eval.json"))):
+                        (["--data", "t", "--protocol", "adaptation", "--overlay", "q"], ("--overlay q", "eval.json")), (["--data", "a"], ("--data a", "--train-data")),
+                        (["--train-data", "a", "--test-data", "a"], ("have images in common",)), (["--domains", "t", "--sweep"], ("--sweep",)), (["--data", "t", "--k", "99", "--protocol", "knn"], ("--k",)),
+                        (["--data", "t", "--protocol", "finetune", "--label-list", "nothing.txt"], ("lists no image",)), (["--data", "t", "--protocol", "finetune", "--label-list", "r/backbone.pt"], ("text",)),
+                        (["--data", "t", "--protocol", "adaptation", "--task-size", "16"], ("--task-size 16", "two")), (["--data", "one", "--sweep", "--protocol", "linear"], ("--sweep",))):
         err = stops(["r", *argv], capsys)
         assert all(word in err for word in words), err
         shutil.rmtree("r/features", ignore_errors=True)                                 # computed before a protocol refuses
         assert sorted(glob.glob("**", recursive=True)) == before
+
+
+def test_images_are_brought_to_the_size_of_the_run():
+    """A run on larger images is evaluated at its own size, tensors and files alike."""
+    make_run(size=48)
+    seen = []
+    image_folder("d", size=(20, 20))
+    backbone = eval_linear.load_run("r")[0]
+    backbone.register_forward_hook(lambda net, inputs, out: seen.append(tuple(inputs[0].shape[1:])))
+    images = common.load_data("d").train
+    x, _ = common.extract_features(backbone, images, 48, (0.5,) * 3, (0.25,) * 3, 0, torch.device("cpu"))
+    y, _ = common.extract_features(backbone, common.fit(images, 48), 48, (0.5,) * 3, (0.25,) * 3, 0, torch.device("cpu"))
+    assert set(seen) == {(3, 48, 48)} and torch.equal(x, y)
+
+
+def test_only_the_features_that_a_protocol_needs_are_computed(monkeypatch):
+    make_run()
+    calls, real = [], eval_linear.extract_features
+    monkeypatch.setattr(eval_linear, "extract_features", lambda *args: calls.append(len(args[1])) or real(*args))
+    folder = image_folder("d", n=40)
+    for protocol, images in (("sigma adaptation conflict", []), ("pca spectrum distance-ratio", [80]), ("knn", [80])):
+        calls.clear()
+        eval_linear.main(["r", "--data", folder, "--task-size", "16", "--k", "1", "--protocol", *protocol.split()])
+        assert calls == images, protocol
+
+
+def test_overlays_of_other_data_or_settings_are_refused(capsys):
+    make_run()
+    make_run("q", seed=1)
+    for name in ("d", "e"):
+        image_folder(name, n=40)
+    eval_linear.main(["q", "--data", "d", "--protocol", "adaptation", "spectrum", "--task-size", "16"])
+    capsys.readouterr()
+    assert "adaptation on d with the same settings" in stops(["r", "--data", "d", "--protocol", "adaptation", "--task-size", "16", "--inner-lr", "0.2", "--overlay", "q"], capsys)
+    assert "spectrum.json is of d, not of e" in stops(["r", "--data", "e", "--protocol", "spectrum", "--overlay", "q"], capsys)
+
+
+def test_classes_of_the_run_hold_for_its_data_however_it_is_written_and_may_be_chosen():
+    make_run()
+    folder = image_folder("d", classes="abc", n=4)
+    with open("list", "w") as file:
+        file.write("a\nc")
+    eval_linear.main(["r", "--data", folder, "--protocol", "knn", "--k", "1", "--classes", "list"])
+    assert {r["train_images"] for r in results()} == {8}
+    with open("r/log.jsonl", "w") as file:
+        file.write(json.dumps({"settings": {"data": folder, "classes": "list"}}) + "\n")
+    eval_linear.main(["r", "--data", "./d/", "--protocol", "knn", "--k", "2"])
+    assert {r["train_images"] for r in results() if r["data"] == "./d/"} == {8}
 
 
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------
@@ -186,10 +241,25 @@ def test_finetuning_learns_what_frozen_random_features_do_not_need_to_know(arch,
     with open("list.txt", "w") as file:
         file.write("\n".join(f"{c}/{i}.png" for c in "xy" for i in range(0, 32, 2)))
     eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-list", "list.txt", "--tune-epochs", "100"])
-    assert values("finetune") == {"list_top1": 100, "list_top5": 100, "list_images": 32}
+    assert values("finetune") == {"list_top1": 100, "list_images": 32}
     eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-fraction", "0.5", "--tune-epochs", "1", "--sweep"])
     assert values("finetune (sweep)")["50%_images"] == 32 and values("finetune (sweep)")["50%_lr_scale"] in eval_linear.TUNE_GRID
     assert capsys.readouterr().out.count("held out") == len(eval_linear.TUNE_GRID)
+
+
+@pytest.mark.parametrize("n, batch", [(200, 200), (257, 128), (500, 250), (511, 255), (512, 256), (5000, 250)])
+def test_an_epoch_of_finetuning_sees_nearly_all_labels(n, batch, monkeypatch):
+    seen = []
+    def views(data, recipes, size, batch_size, seed, rank, world, device, workers, start, stop, labelled):
+        seen.append((batch_size, stop))
+        return iter(())
+    monkeypatch.setattr(eval_linear, "training_views", views)
+    monkeypatch.setattr(eval_linear, "extract_features", lambda *args: (torch.zeros(1, 2), torch.tensor([0])))
+    make_run()
+    backbone, state, _ = eval_linear.load_run("r")
+    job = types.SimpleNamespace(args=types.SimpleNamespace(seed=0, tune_epochs=3, workers=0), state=state, backbone=backbone, width=64, device=torch.device("cpu"), name="d")
+    eval_linear.tune(job, torch.zeros(n, 3, 20, 20, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), (None, torch.tensor([0])), 2, 0.1, 1)
+    assert seen == [(batch, 3 * (n // batch))] and n - n // batch * batch <= 2
 
 
 def test_labels_go_with_their_images_whatever_the_order_and_the_bad_files():
@@ -237,6 +307,19 @@ def test_conflict_is_one_of_equal_halves(monkeypatch):
 
 
 # ---- other people's tools -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("arch, size", [("resnet18", 32), ("resnet18", 40), ("resnet50", 112)])
+def test_loading_recipe_of_the_readme_gives_the_same_features(arch, size):
+    with open(f"{ROOT}/README.md") as file:
+        recipe = next(block for block in re.findall(r"```python\n(.*?)```", file.read(), re.S) if "runs/simclr_cifar10" in block)
+    make_run("runs/simclr_cifar10", arch, size)
+    saved = torch.load("runs/simclr_cifar10/backbone.pt", weights_only=True)
+    common.save("runs/simclr_cifar10/backbone.pt", saved | {"small_images": size <= common.SMALL})
+    scope, x = {"torch": torch, "torchvision": torchvision}, torch.randn(2, 3, size, size)
+    exec(recipe, scope)
+    with torch.no_grad():
+        assert torch.equal(scope["net"].eval()(x), eval_linear.load_run("runs/simclr_cifar10")[0].eval()(x))
+
+
 def test_detection_recipe_of_the_readme_trains_a_step(monkeypatch):
     """Run the README's own text on a saved ResNet-50, with small images to be quick."""
     with open(f"{ROOT}/README.md") as file:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_spectrum_is_that_of_the_features_and_keeps_other_results(capsys):
     eval_linear.main(["q", "--protocol", "knn"])
     eval_linear.main(["r", "--protocol", "spectrum"])
     eval_linear.main(["q", "--protocol", "spectrum", "--overlay", "r"])
-    found, spectra = json.load(open("q/eval.json"))["results"], json.load(open("q/spectrum.json"))
+    found, spectra = json.load(open("q/eval.json"))["results"], json.load(open("q/spectrum.json"))["eigenvalues"]
     assert {r["protocol"] for r in found} == {"knn", "spectrum"} and torchvision.io.read_image("q/spectrum.png").float().std() > 10
     nets = barlow_sparsehead.build_nets(types.SimpleNamespace(**rows("q")[0]["settings"]))[0].eval()
     nets.load_state_dict(torch.load("q/last.pt", weights_only=True)["nets"])
@@ -432,6 +433,29 @@ def test_micro_batches_move_running_statistics_once_per_part_and_hold_one_graph_
     simclr_tc2.train_step(nets, simclr_tc2.build_opts(nets, args), [torch.randn(10, 3, 32, 32)] * 2, args, 0)
     assert rows_seen == [(n, grad) for grad in (False, True) for n in (8, 8, 4)]
     assert {m.num_batches_tracked.item() for m in nets["backbone"].modules() if isinstance(m, nn.BatchNorm2d)} == {3}
+
+
+def test_evaluation_while_training_holds_no_more_graph_than_a_micro_batched_step():
+    args = simclr_tc2.parse_args([*QUICK, "--baseline", "--micro-batch", "8"])
+    common.resolve(args, simclr_tc2.RECIPES, common.load_data("fake"), "simclr_tc2")
+    args.views, args.tasks, args.factors = 2, 1, 9
+    class Token:
+        pass
+    nets, views = simclr_tc2.build_nets(args)[0], [torch.randn(64, 3, 32, 32) for _ in range(2)]
+    opts, peaks = simclr_tc2.build_opts(nets, args), []
+    for f in (lambda: simclr_tc2.train_step(nets, opts, views, args, 0), lambda: simclr_tc2.diagnose(nets, views, args)):
+        held = [0, 0]
+        def pack(x):
+            held[0] += x.numel()
+            held[1] = max(held)
+            token = Token()
+            token.x = x
+            weakref.finalize(token, lambda n=x.numel(): held.__setitem__(0, held[0] - n))
+            return token
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda token: token.x):
+            f()
+        peaks.append(held[1])
+    assert peaks[1] <= 1.2 * peaks[0] and peaks[0] > 1e5
 
 
 def test_gpu_memory_that_runs_out_ends_in_a_sentence_that_names_flags(monkeypatch, capsys):
@@ -786,7 +810,28 @@ def passes_per_image(settings):
         K, further = settings["inner_steps"], settings["target_steps"]
         inner = 1 if settings["baseline"] else K + further + (1 / 3 if settings["lookahead"] else 1 / 3 + 1 + K * (settings["hypergrad"] == "fd"))
         return 2 * (inner + 1 / 3)
+    if settings.get("script") == "mae_tc2":                                     # the decoder counts a half: stage 1 passes through it alone
+        m = settings["masks"]
+        return m if settings["baseline"] else m / 3 + m / 2 + m / 2 * (settings["inner_lr"] > 0) + m / 2 * (settings["calibrate"] != "none")
     return settings["views"] if settings["baseline"] else 4 / 3 + 2 * (settings["inner_lr"] > 0) + 4
+
+
+def protocol_rows():
+    """[((data, protocol, metric), {run: number as printed})] of the table of protocols in results/README.md."""
+    section = source("results/README.md").split("\n## Every protocol")[1].split("\n## ")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
+    head, rest = lines[0], lines[1:]
+    assert len(rest) >= 30
+    return [(tuple(re.fullmatch(r"`(.*?)` `(.*?)` `(.*?)`", cells[0]).groups()), {r.strip("`"): c for r, c in zip(head[1:], cells[1:]) if c}) for cells in rest]
+
+
+def protocol_value(run, key):
+    """What eval.json says, in the form of the table: 12.34, or 12.34 ± 0.56."""
+    with open(f"{ROOT}/results/cifar10_cpu_protocols/{run}/eval.json") as file:
+        found = {(r["data"], r["protocol"], r["metric"]): r["value"] for r in json.load(file)["results"]}
+    data, protocol, metric = key
+    half = found.get((data, protocol, metric + "_pm"))
+    return eval_linear.as_text(found[key]) + (f" ± {half:.2f}" if half is not None else "")
 
 
 def test_results_tables_hold_what_the_logs_say():
@@ -799,6 +844,16 @@ def test_results_tables_hold_what_the_logs_say():
             seen = steps[-1]["step"] * settings["batch_size"] / 1e3 * (settings["tasks"] if title == "BYOL" and not settings["baseline"] else 1)
             assert accuracy == accuracies(found) and images == round(seen) and passes == round(seen * passes_per_image(settings)), row
             assert std == round(steps[-1]["std_z"], 2) and rank == round(last["rank_h"]), row
+    table = results_rows("MAE")
+    assert len(table) >= 5
+    for row, (images, passes, *accuracy, error, rank) in table:
+        settings, steps, last, found = logged("cifar10_cpu_mae", row)
+        seen = steps[-1]["step"] * settings["batch_size"] / 1e3
+        assert accuracy == accuracies(found) and images == round(seen) and passes == round(seen * passes_per_image(settings)), row
+        assert error == round(last["loss_reconstruction"], 3) and rank == round(last["rank_h"]), row
+    for row, values in protocol_rows():
+        for run, value in values.items():
+            assert value == protocol_value(run, row), (row, run)
     table = results_rows("Barlow Twins")
     assert len(table) >= 5
     for row, (images, *accuracy, live, zero, l21, frobenius, rank_r, rank_z) in table:
