@@ -499,7 +499,7 @@ def row_key(row):
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = Parser(description=__doc__.split("\n\nRUN is")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = lambda name, kind, text, **kw: p.add_argument(name, type=kind, help=text.replace("%", "%%"), **kw)
     p.add_argument("run", metavar="RUN", help="folder with backbone.pt")
     flag("--data", str, "as in the training scripts (default: the data of the run)")
@@ -507,7 +507,7 @@ def parse_args(argv=None):
     flag("--train-data", str, "train here instead: a data set, a folder with train/, or a folder of class folders")
     flag("--test-data", str, "and test here, on the same classes")
     flag("--domains", str, "folder of domains, each a folder of the same class folders: train on all but one, test on it, average and worst")
-    p.add_argument("--protocol", nargs="+", choices=tuple(PROTOCOLS), default=["linear", "knn"], help="one or more (default: linear knn)")
+    p.add_argument("--protocol", nargs="+", metavar="PROTOCOL", choices=tuple(PROTOCOLS), default=["linear", "knn"], help="one or more of those above (default: linear knn)")
     flag("--on", str, "features of linear, knn and fewshot (default: representation)", choices=("representation", "embedding"), default="representation")
     flag("--k", number(int, 1), "knn: neighbours (default: 1 5 10 20 200)", nargs="+", default=[1, 5, 10, 20, 200])
     flag("--probe-epochs", number(int, 1), "linear: epochs (default: 500, the papers')", default=500)

@@ -235,6 +235,15 @@ def test_positions_equal_the_formula(dim, side):
     close(positions.double(), slow_positions(dim, side), rtol=0, atol=5e-6)
 
 
+def test_the_lowest_frequency_is_one_over_the_base_and_both_networks_take_it_from_the_recipe():
+    positions, low = sincos_positions(64, 8, 30.0).double(), 30.0 ** -(15 / 16)
+    close(positions.unflatten(0, (8, 8))[:, 0, 15], (torch.arange(8).double() * low).sin(), rtol=0, atol=1e-6)          # the last sin of y
+    nets = build_nets(settings(arch="vit_micro", factors=32, decoder_dim=32, decoder_depth=1, position_base=30.0))[0]
+    side = SIZE // P
+    assert torch.equal(nets["backbone"].positions, sincos_positions(96, side, 30.0)) and torch.equal(nets["decoder"].positions, sincos_positions(32, side, 30.0))
+    assert not torch.allclose(sincos_positions(32, side, 30.0), sincos_positions(32, side))
+
+
 # ---- encoder ------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_block_equals_explicit_attention(heads):

@@ -265,7 +265,7 @@ def test_an_epoch_of_finetuning_sees_nearly_all_labels(n, batch, monkeypatch):
 def test_labels_go_with_their_images_whatever_the_order_and_the_bad_files():
     files = [f"{c}/{i}.png" for c in "ab" for i in range(6)]
     plain_folder("d", {"a": 250, "b": 5}, n=6)
-    with open("d/a/2.png", "wb") as file:
+    with open("d/a/5.png", "wb") as file:                     # its successor is of the other class
         file.write(b"no")
     recipe = dict(simclr_tc2.AUGMENTATION["small"][0], jitter_p=0, mean=(0,) * 3, std=(1,) * 3, gray_p=0)
     labels = torch.arange(12) // 6

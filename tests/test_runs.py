@@ -834,6 +834,14 @@ def protocol_value(run, key):
     return eval_linear.as_text(found[key]) + (f" ± {half:.2f}" if half is not None else "")
 
 
+def test_the_script_of_the_tables_prints_the_lines_of_the_results_page():
+    out = subprocess.run([sys.executable, "-B", "-c", f"import sys; sys.path.insert(0, '{ROOT}/results'); import tables\n"
+                          "for folder in tables.METHODS:\n    for run in tables.glob.glob(f'{tables.HERE}/{folder}/*/'): print(f'`{tables.os.path.basename(run[:-1])}` | ' + ' | '.join(tables.row(run)[2]))\n"
+                          "print('\\n'.join(tables.protocol_lines()))"], capture_output=True, text=True, check=True).stdout
+    page = source("results/README.md")
+    assert out.count("\n") > 60 and not [line for line in out.splitlines() if line not in page]
+
+
 def test_results_tables_hold_what_the_logs_say():
     tables = {"SimCLR": ("cifar10_cpu", 6), "BYOL": ("cifar10_cpu_gessl", 8)}
     for title, (folder, least) in tables.items():
