@@ -32,7 +32,7 @@ def train(steps, *flags):
 
 
 def test_the_papers_words_collapse_where_the_defaults_do_not():
-    literal, default = train(120, "--literal"), train(120)
+    literal, default = train(80, "--literal"), train(80)
     assert literal["loss_query"] < 1e-3 and literal["std_z"] < 0.25 and abs(literal["loss_support"] - torch.tensor(31.0).log()) < 0.05  # log(2 n - 1)
     assert default["std_z"] > 0.7 and default["loss_support"] < 2.9 and default["loss_query"] < 0.85
 
