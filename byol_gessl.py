@@ -35,8 +35,7 @@ from torch import nn
 from torch.func import functional_call
 
 from common import (Log, average_gradients, base_parser, batch_stats_only, class_hash, effective_rank, ema_update, embedding_std, fail, graceful_stop,
-                    load_data, lr_scale, make_backbone, monitor, number, open_run, resolve, save_run, set_lr, setup_distributed, training_views,
-                    world_size)
+                    load_data, lr_scale, make_backbone, monitor, number, open_run, resolve, save_run, set_lr, setup_distributed, training_views, world_size)
 
 SCRIPT = "byol_gessl"
 SOLVER_TERMS = 5                # terms of the Neumann series, iterations of conjugate gradients
@@ -274,8 +273,7 @@ def curvature_probe(loss_fn, params, iterations=10):
     """Power iteration: about the largest |eigenvalue| of the Hessian of loss_fn at params. Eq. 2 descends while alpha times it is below 2."""
     hvp, v = exact_hvp(loss_fn, params), [torch.ones_like(p) for p in params]
     for _ in range(iterations):
-        v = torch._foreach_div(v, nn.utils.get_total_norm(v).clamp(min=1e-30))
-        v = list(hvp(v))
+        v = list(hvp(torch._foreach_div(v, nn.utils.get_total_norm(v).clamp(min=1e-30))))
     return nn.utils.get_total_norm(v)
 
 

@@ -597,7 +597,8 @@ def parts_of(name, size, args, only=None):
     data = load_data(name, size if size <= SMALL else None, args.workers, only)
     if data.train_labels is None:
         fail(f"--data {name}: has no train/ and val/ or test/ of class folders; a single folder of them can be --train-data or --test-data")
-    return Part(name, "train", data.train, data.train_labels, data.classes, data.files), Part(name, "test", data.test, data.test_labels, data.classes, None)
+    return Part(name, "train", data.train, data.train_labels, data.classes, data.files), \
+        Part(name, "test", data.test, data.test_labels, data.classes, None if torch.is_tensor(data.test) else data.test)
 
 
 def same_classes(a, b):
@@ -676,7 +677,7 @@ def make_job(args):
     elif args.train_data:
         job.train, job.test = load_part(args.train_data, "train", size, args, args.classes), load_part(args.test_data, "test", size, args, args.classes)
         job.name = f"{args.train_data} -> {args.test_data}"
-        if job.train.images is job.test.images or job.train.files is not None and set(job.train.files) & set(job.test.images if not torch.is_tensor(job.test.images) else ()):
+        if set(job.train.files or ()) & set(job.test.files or ()):
             fail(f"--train-data {args.train_data}, --test-data {args.test_data}: have images in common")
         same_classes(job.train, job.test)
     else:

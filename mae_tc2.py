@@ -20,7 +20,7 @@ every visible token, between encoder and decoder, as a sparse combination of fac
 
   python mae_tc2.py                                             drawn shapes, two minutes on two cores
   python mae_tc2.py --data /imagenet100                         one GPU; plain MAE with --baseline
-  torchrun --nproc-per-node 8 mae_tc2.py --data /imagenet100
+  torchrun --nproc-per-node 4 mae_tc2.py --data /imagenet100        whole tasks per process: 8 need --tasks 8
 
 Controls: `--baseline --masks 4` MAE at equal masks | `--inner-lr 0` no inner loop | `--calibrate none` plain first-order MAML | `--baseline`
 with more `--epochs` MAE at equal passes.

@@ -19,7 +19,7 @@ factors that all tasks share, so that the semantics of one task do not disturb a
 
   python simclr_tc2.py                                          drawn shapes, two minutes on a laptop
   python simclr_tc2.py --data /imagenet100                      one GPU; plain SimCLR with --baseline
-  torchrun --nproc-per-node 8 simclr_tc2.py --data /imagenet100
+  torchrun --nproc-per-node 4 simclr_tc2.py --data /imagenet100        whole tasks per process: 8 need --tasks 8
 
 Controls: `--baseline --views 4` SimCLR at equal views | `--inner-lr 0` no inner loop | `--calibrate none` plain first-order MAML |
 `--baseline --tasks 2` the paper's SimCLR+T: K tasks, neither calibration nor inner loop | `--literal` the paper's words.

@@ -786,6 +786,18 @@ def test_readme_commands_parse_and_flags_exist():
             assert __import__(script[:-3]).parse_args(rest.split())
 
 
+def test_documented_torchrun_commands_are_accepted_with_their_number_of_processes():
+    found = [line for name in ("README.md", *SCRIPTS) for line in source(name).replace("\\\n", " ").splitlines() if re.match(r" *(srun )?torchrun ", line)]
+    assert len(found) >= 7
+    for line in found:
+        machines = 1 if "--nnodes" not in line else 2                                           # "$SLURM_NNODES" of the script is 2
+        script, flags = re.search(r"(\w+)\.py((?: --[\w-]+(?: [^-\s]\S*)?)*)", line).groups()
+        module = __import__(script)
+        args, data = module.parse_args(flags.split()), common.Data("x", range(10 ** 6), None, [], None, 500)
+        common.resolve(args, module.RECIPES, data, script)
+        assert module.check_args(args, data, machines * int(re.search(r"--nproc-per-node (\d+)", line)[1])) >= 256, line
+
+
 def results_rows(title):
     """(row, cells) of the table in results/README.md under the heading that begins with `title`."""
     section = source("results/README.md").split(f"\n## {title}")[1].split("\n## ")[0]
