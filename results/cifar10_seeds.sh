@@ -14,7 +14,7 @@ if [ ! -e "$out/subset/test" ]; then
   ln -s "$data/test" "$out/subset/test"
 fi
 common="--data $out/subset --seed $seed --lr 2e-3 --eval-every 100 --log-every 39"
-simclr="simclr_tc2.py $common --arch resnet_tiny --batch-size 128 --warmup-epochs 0.5 --temperature 0.2"
+simclr="simclr_tc2.py $common --arch resnet_tiny --batch-size 128 --warmup-epochs 0.5 --temperature 0.2 --eval-every 1"
 byol="byol_gessl.py $common --arch resnet_tiny --batch-size 32 --warmup-epochs 0.3 --ema-decay 0.98"
 gessl="$byol --epochs 2 --tasks 4 --target-steps"
 barlow="barlow_sparsehead.py $common --arch resnet_tiny --batch-size 128 --lr 3e-3 --hidden 256 --dim 128 --epochs 4 --warmup-epochs 0.5"
