@@ -80,6 +80,8 @@ def check_args(args, data, world):
         fail(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes, at least 2 images each")
     if not args.baseline and args.tasks % world:
         fail(f"--tasks {args.tasks}: must be a multiple of the {world} processes, each holds whole tasks")
+    if args.sync_bn and not args.baseline:
+        fail("--sync-bn: goes with --baseline; GeSSL's batches are tasks, each in one process, and no statistics cross them")
     if per_step > len(data.train):
         fail(f"--batch-size {args.batch_size}: one step takes {per_step} images, there are only {len(data.train)} training images")
     if args.compile and not args.baseline and args.hypergrad in ("exact", "neumann", "cg"):

@@ -68,6 +68,7 @@ def base_parser(description, recipes, archs):
     flag("--seed", number(int, 0), "seed of weights, data order and augmentation (default: 0)", default=0)
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
                    help="bfloat16 autocast around forward passes; losses stay float32 (default: where the GPU has it)")
+    p.add_argument("--sync-bn", action="store_true", help="BatchNorm over the batch of all processes; not in passes of a single task, which one process holds")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     flag("--log-every", number(int, 1), "steps between log lines (default: 10)", default=10)
     flag("--eval-every", number(int, 1), "epochs between k-NN evaluations")
@@ -182,6 +183,33 @@ def average_gradients(params):
         flat /= world_size()
         for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(mean.view_as(g))
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batch of all processes, of inputs (n, C, ...), with statistics that autograd follows from process to process: on a CPU too, and
+    twice, neither of which torch's own does. A pass within `batch_stats_only`, such as a task's own, keeps to the statistics of its batch."""
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not (self.training and self.track_running_stats and world_size() > 1):
+            return super().forward(x)
+        wide, axes, shape = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        var, mean = gather_batch(torch.stack(torch.var_mean(wide, axes, correction=0))[None]).unbind(1)       # (processes, C) each, of equal batches
+        var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)
+        with torch.no_grad():
+            n = world_size() * x.numel() / x.shape[1]
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+def sync_batch_norms(nets):
+    for m in nets.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.__class__ = SyncBatchNorm                                 # the same parameters under the same names: checkpoints do not change
 
 
 # ---- augmentation: batched, one draw per sample ---------------------------------------------------------------------
@@ -661,6 +689,8 @@ def load_torch(path, flag, keys):
 def open_run(args, nets, opts, rank, **facts):
     """Resume from --out/last.pt if it is there, else start its log. Returns the step to go on from."""
     log, last = f"{args.out}/log.jsonl", f"{args.out}/last.pt"
+    if args.sync_bn:
+        sync_batch_norms(nets)
     if args.compile:
         nets["backbone"].compile()
     settings, step, rows = vars(args), 0, []

@@ -93,6 +93,8 @@ def check_args(args, data, world):
         fail(f"--tasks {args.tasks}: must be a multiple of the {world} processes, each holds whole tasks")
     if not args.baseline and args.masks < 2:
         fail(f"--masks {args.masks}: TC2 needs at least 2, one for support and one for query")
+    if args.sync_bn:
+        fail("--sync-bn: a ViT has no BatchNorm")
     if args.compile and args.second_order and not args.baseline:
         fail("--second-order: cannot go with --compile, whose backward pass cannot be differentiated")
     return args.batch_size

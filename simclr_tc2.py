@@ -86,6 +86,8 @@ def check_args(args, data, world):
         fail(f"--views {args.views}: TC2 needs at least 4, two for support and two for query")
     if args.micro_batch and not args.baseline:
         fail(f"--micro-batch {args.micro_batch}: goes with --baseline; TC2's steps take one task at a time, more --tasks make them smaller")
+    if args.micro_batch and args.sync_bn:
+        fail(f"--micro-batch {args.micro_batch}: cannot go with --sync-bn, BatchNorm sees one part at a time")
     if args.compile and args.second_order and not args.baseline:
         fail("--second-order: cannot go with --compile, whose backward pass cannot be differentiated")
     return args.batch_size

@@ -333,20 +333,23 @@ def without_batch_norm(net):
     return net
 
 
-def smooth_nets(script, args):
+def smooth_nets(script, args, norms=False):
     torch.manual_seed(3)
     nets = script.build_nets(args)[0]
     if script is mae_tc2:
         return nets.double()
-    nets["backbone"] = nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.Softplus(), nn.Flatten(), nn.Linear(45, 64), nn.Tanh())
-    without_batch_norm(nets)
+    nets["backbone"] = nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.BatchNorm2d(5), nn.Softplus(), nn.Flatten(), nn.Linear(45, 64), nn.BatchNorm1d(64), nn.Tanh())
+    if not norms:
+        without_batch_norm(nets)
     if "target" in nets:
         nets["target"] = copy.deepcopy(nn.Sequential(nets["backbone"], nets["projector"])).requires_grad_(False)
+    if args.sync_bn:
+        common.sync_batch_norms(nets)
     return nets.double()
 
 
-def stepped(script, args, rank, world, n=16):
-    nets = smooth_nets(script, args)
+def stepped(script, args, rank, world, n=16, norms=False):
+    nets = smooth_nets(script, args, norms or args.sync_bn)
     opts = {name: torch.optim.SGD([p for group in opt.param_groups for p in group["params"]], 0.1 if name == "encoder" else 1e-4)
             for name, opt in script.build_opts(nets, args).items()}
     share = slice(n // world * rank, n // world * (rank + 1))
@@ -366,6 +369,8 @@ CASES += [(barlow_sparsehead, e.split()) for e in ("--baseline", "", "--penalty 
 CASES += [(mae_tc2, e.split()) for e in ("--baseline --masks 2", "--tasks 4 --masks 2", "--tasks 2 --second-order --calibrate mix --factors 5")]
 
 
+NORMS = [(simclr_tc2, e.split()) for e in ("--baseline --sync-bn", "--sync-bn --tasks 2", "--baseline")]
+NORMS += [(byol_gessl, e.split()) for e in ("--baseline --sync-bn", "--hypergrad exact")] + [(barlow_sparsehead, ["--sync-bn"])]
 CASES_OF_3 = [(simclr_tc2, ["--baseline", "--micro-batch", "5"]), (simclr_tc2, ["--tasks", "3"]), (byol_gessl, ["--baseline"]), (byol_gessl, ["--tasks", "3"]),
               (barlow_sparsehead, ["--baseline"]), (barlow_sparsehead, []), (mae_tc2, ["--baseline", "--masks", "2"]), (mae_tc2, ["--tasks", "3", "--masks", "2"])]
 
@@ -383,16 +388,17 @@ def worker(rank, world, folder):
     if world == 3:
         return torch.save([stepped(script, args_for(script, extra, 18), rank, world, 18) for script, extra in CASES_OF_3], f"{folder}/{rank}")
     found = [stepped(script, args_for(script, extra), rank, world) for script, extra in CASES]
-    views = {name: list(common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, rank, world, torch.device("cpu"), 0, 25, 27))
+    norms = [stepped(script, args_for(script, extra), rank, world, norms=True) for script, extra in NORMS]
+    views = {name: list(common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, rank, world, torch.device("cpu"), 0, 24, 27))
              for name in ("fake",)}
     barlow_sparsehead.all_reduce_sum = plain_all_reduce
     found.append(stepped(barlow_sparsehead, args_for(barlow_sparsehead, []), rank, world))
-    torch.save((found, views["fake"]), f"{folder}/{rank}")
+    torch.save((found, views["fake"], norms), f"{folder}/{rank}")
 
 
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
     mp.spawn(worker, (2, str(tmp_path)), nprocs=2)
-    (first, views0), (second, views1) = (torch.load(tmp_path / str(r)) for r in (0, 1))
+    (first, views0, norms0), (second, views1, norms1) = (torch.load(tmp_path / str(r)) for r in (0, 1))
     for (script, extra), a, b in zip(CASES, first, second):
         one = stepped(script, args_for(script, extra), 0, 1)
         for k, v in one.items():
@@ -400,7 +406,16 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
             assert torch.equal(a[k], b[k]), f"{script.__name__} {extra}: processes drift apart in {k}"
     right, wrong = stepped(barlow_sparsehead, args_for(barlow_sparsehead, []), 0, 1)["grad.projector.0.weight"], first[-1]["grad.projector.0.weight"]
     assert (wrong - right).norm() > 0.1 * right.norm(), "a collective that autograd does not see goes unnoticed"
-    whole = common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, 0, 1, torch.device("cpu"), 0, 25, 27)
+    for (script, extra), a, b in zip(NORMS, norms0, norms1):
+        one = stepped(script, args_for(script, extra), 0, 1, norms=True)
+        if script is simclr_tc2 and "--sync-bn" not in extra:
+            assert (a["grad.backbone.0.weight"] - one["grad.backbone.0.weight"]).norm() > 0.01 * one["grad.backbone.0.weight"].norm(), "statistics per process do not matter"
+            continue
+        for k, v in one.items():
+            if "--sync-bn" in extra or not k.endswith(("running_mean", "running_var", "num_batches_tracked")):             # GeSSL: statistics of tasks, which do not cross processes
+                torch.testing.assert_close(a[k], v, rtol=1e-9, atol=1e-11, msg=lambda m: f"{script.__name__} {extra} {k}: {m}")
+                assert torch.equal(a[k], b[k]), f"{script.__name__} {extra}: processes drift apart in {k}"
+    whole = common.training_views(common.load_data("fake"), [simclr_tc2.STRONG] * 2, 32, 20, 5, 0, 1, torch.device("cpu"), 0, 24, 27)
     for step, views in enumerate(whole):
         for v, view in enumerate(views):
             assert torch.allclose(torch.cat([views0[step][v], views1[step][v]]), view, atol=1e-6)
@@ -632,13 +647,13 @@ def bad_folders(tmp_path_factory):
 
 BAD_OF = [(simclr_tc2, *case) for case in BAD] + [
     (simclr_tc2, flags.split(), flag, value) for flags, flag, value in (
-        ("--micro-batch 8", "--micro-batch", "8"), ("--baseline --micro-batch 1", "--micro-batch", "'1'"), ("--classes missing --data classes", "--classes", "missing"),
+        ("--micro-batch 8", "--micro-batch", "8"), ("--baseline --micro-batch 1", "--micro-batch", "'1'"), ("--baseline --micro-batch 8 --sync-bn", "--micro-batch", "--sync-bn"), ("--classes missing --data classes", "--classes", "missing"),
         ("--classes words --data fake", "--classes", "fake"), ("--classes words --data classes", "--classes", "nonsense"), ("--classes words --data broken", "--classes", "broken"))] + [
     (byol_gessl, flags.split(), flag, value) for flags, flag, value in (
         ("--tasks 0", "--tasks", "'0'"), ("--inner-steps 0", "--inner-steps", "'0'"), ("--batch-size 32 --tasks 200", "--batch-size", "6400"), ("--target-steps -1", "--target-steps", "'-1'"),
         ("--inner-lr 0", "--inner-lr", "'0'"), ("--hypergrad full", "--hypergrad", "'full'"), ("--outer-loss l1", "--outer-loss", "'l1'"), ("--ssl-weight -1", "--ssl-weight", "'-1'"),
         ("--ema-decay 1.1", "--ema-decay", "'1.1'"), ("--baseline --batch-size 9000", "--batch-size", "9000"), ("--hypergrad exact --compile", "--hypergrad", "--compile"),
-        ("--data missing", "--data", "missing"), ("--arch vit", "--arch", "'vit'"), ("--views 2", "--views", "2"))] + [
+        ("--sync-bn", "--sync-bn", "--baseline"), ("--data missing", "--data", "missing"), ("--arch vit", "--arch", "'vit'"), ("--views 2", "--views", "2"))] + [
     (barlow_sparsehead, flags.split(), flag, value) for flags, flag, value in (
         ("--penalty l1", "--penalty", "'l1'"), ("--head conv", "--head", "'conv'"), ("--lambda-sparse -1", "--lambda-sparse", "'-1'"), ("--dim 1", "--dim", "'1'"),
         ("--hidden 0", "--hidden", "'0'"), ("--lambda-offdiag x", "--lambda-offdiag", "'x'"), ("--baseline --lambda-sparse 1", "--lambda-sparse", "1.0"),
@@ -646,7 +661,7 @@ BAD_OF = [(simclr_tc2, *case) for case in BAD] + [
     (mae_tc2, flags.split(), flag, value) for flags, flag, value in (
         ("--patch-size 5", "--patch-size", "5"), ("--mask-ratio 0.99", "--mask-ratio", "'0.99'"), ("--patch-size 32", "--mask-ratio", "0.75"), ("--masks 1", "--masks", "1"),
         ("--tasks 3", "--batch-size", "16"), ("--arch resnet18", "--arch", "'resnet18'"), ("--calibrate all", "--calibrate", "'all'"),
-        ("--second-order --compile", "--second-order", "--compile"), ("--data missing", "--data", "missing"))]
+        ("--second-order --compile", "--second-order", "--compile"), ("--sync-bn", "--sync-bn", "BatchNorm"), ("--data missing", "--data", "missing"))]
 
 
 @pytest.mark.parametrize("script, argv, flag, value", BAD_OF, ids=lambda x: "_".join(x) if isinstance(x, list) else getattr(x, "__name__", ""))
