@@ -215,7 +215,7 @@ def main(argv=None):
     per_epoch = len(data.train) // per_step                                                 # an incomplete last batch is left out
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
-    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), device=str(device), processes=world, steps_per_epoch=per_epoch)
+    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
     if data.train_labels is None:

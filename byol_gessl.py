@@ -121,8 +121,8 @@ def byol_loss(p, z_target):
 
 
 def ema_decay_at(base, progress):
-    """tau of xi <- tau xi + (1 - tau) theta: from `base` to 1 along half a cosine, progress in [0, 1]. [BYOL Section 3.3]"""
-    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+    """tau of xi <- tau xi + (1 - tau) theta: from `base` to 1 along half a cosine, progress in [0, 1]; 0 stays 0. [BYOL Section 3.3]"""
+    return base and 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
 
 
 # ---- GeSSL ----------------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def main(argv=None):
     per_epoch = len(data.train) // per_step                                                 # an incomplete last batch is left out
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
-    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), device=str(device), processes=world, steps_per_epoch=per_epoch)
+    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
     if data.train_labels is None:

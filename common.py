@@ -1,10 +1,10 @@
 """Mechanism shared by the four scripts: data, augmentation, backbones, evaluation, processes, checkpoint, log.
 
-Read a script first and come here only for the how. No number from a paper lives in this file, nothing here calls back into a
+Read a script first and come here only for the how. No method's recipe lives in this file, nothing here calls back into a
 script, and importing it has no side effect. Every random draw is a function of a key, see `rng`: no generator state is ever
 saved, and a resumed run equals an uninterrupted one.
 """
-import argparse, contextlib, hashlib, json, math, os, platform, signal, sys, time
+import argparse, contextlib, functools, hashlib, json, math, os, platform, signal, sys, time
 from collections import namedtuple
 
 import torch
@@ -45,6 +45,12 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def idle_cores():
+    """Cores for each process that torchrun starts on this machine, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def base_parser(description, recipes, archs):
     """The flags that all scripts share. A default of None is filled in by `resolve` from the recipe that --data selects."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -63,10 +69,10 @@ def base_parser(description, recipes, archs):
     flag("--lr", number(float, 0), "peak learning rate at this batch size")
     flag("--weight-decay", number(float, 0), "0 = none")
     flag("--warmup-epochs", number(float, 0), "linear warm-up, then cosine to 0; 0 = none")
-    flag("--workers", number(int, 0), "decoding processes per process, for images above 96 px (default: up to 16)",
-         default=min(16, os.cpu_count() or 1))
+    flag("--workers", number(int, 0), "decoding processes per process, for images above 96 px (default: this process's share of the cores, up to 16)",
+         default=idle_cores())
     flag("--seed", number(int, 0), "seed of weights, data order and augmentation (default: 0)", default=0)
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
                    help="bfloat16 autocast around forward passes; losses stay float32 (default: where the GPU has it)")
     p.add_argument("--sync-bn", action="store_true", help="BatchNorm over the batch of all processes; not in passes of a single task, which one process holds")
     p.add_argument("--compile", action="store_true", help="torch.compile the encoder")
@@ -82,6 +88,7 @@ def resolve(args, recipes, data, script):
     name = "shapes" if data.name == "shapes" else "small" if (args.image_size or data.size) <= SMALL else "imagenet"
     args.image_size = args.image_size or (data.size if data.size <= SMALL else 224)
     args.out, args.script = args.out or f"runs/{script}" + ("-baseline" if args.baseline else ""), script
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
     for key, value in recipes[name].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
@@ -255,10 +262,9 @@ def gaussian_blur(x, sigma):
     tap = torch.arange(-radius, radius + 1, device=x.device)
     weight = torch.exp(-0.5 * (tap / sigma.clamp(min=1e-3)[:, None]) ** 2)
     weight = weight / weight.sum(1, keepdim=True)                                                        # (n, taps)
-    def matrix(size):
-        eye = F.pad(torch.eye(size, device=x.device)[None], (radius, radius), mode="reflect")[0]
-        return torch.einsum("nt,jit->nij", weight, eye.unfold(1, 2 * radius + 1, 1))[:, None]            # (n, 1, size, size)
-    return matrix(x.shape[2]) @ x @ matrix(x.shape[3]).mT
+    eye = F.pad(torch.eye(x.shape[2], device=x.device)[None], (radius, radius), mode="reflect")[0]
+    along = torch.einsum("nt,jit->nij", weight, eye.unfold(1, 2 * radius + 1, 1))[:, None]               # (n, 1, S, S)
+    return along @ x @ along.mT
 
 
 def _luma(x):
@@ -288,8 +294,13 @@ def hue(x, f):
     chroma = v - x.amin(1)
     safe = torch.where(chroma > 0, chroma, 1)
     h = torch.where(v == r, (g - b) / safe, torch.where(v == g, (b - r) / safe + 2, (r - g) / safe + 4)) + 6 * f[:, None, None]
-    k = (h[:, None] + h.new_tensor([5, 3, 1])[:, None, None]).remainder_(6)
+    k = (h[:, None] + torch.arange(5, 0, -2, device=x.device)[:, None, None]).remainder_(6)
     return v[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def to_device(x, device):
+    """A small CPU tensor, without waiting for the GPU: only copies from pinned memory are asynchronous."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def augment(images, recipe, g, size=None, crop=True, share=slice(None), total=None):
@@ -298,9 +309,9 @@ def augment(images, recipe, g, size=None, crop=True, share=slice(None), total=No
 
     images (n, 3, H, W) uint8 -> (n, 3, S, S) float, normalised. recipe: see RECIPES in a script. crop=False: only flip, S = H."""
     total, device = total or len(images), images.device
-    boxes = random_boxes(total, *images.shape[2:], recipe["crop"], recipe["ratio"], g)[share].to(device) if crop else None
+    boxes = to_device(random_boxes(total, *images.shape[2:], recipe["crop"], recipe["ratio"], g)[share], device) if crop else None
     orders = [torch.randperm(4, generator=g).tolist() for _ in range(4)]
-    u = torch.rand(total, 10, generator=g)[share].to(device, non_blocking=True)
+    u = to_device(torch.rand(total, 10, generator=g)[share], device)
     flip, jittered = u[:, 0] < recipe["flip"], u[:, 1] < recipe["jitter_p"]
     x = images.float().div_(255)
     x = crop_resize(x, boxes, flip, size or x.shape[2]) if crop else torch.where(flip[:, None, None, None], x.flip(3), x)
@@ -323,9 +334,13 @@ def augment(images, recipe, g, size=None, crop=True, share=slice(None), total=No
     return normalize(x, recipe["mean"], recipe["std"])
 
 
+@functools.cache
+def constant(values, device):
+    return torch.tensor(values, device=device)[:, None, None]
+
+
 def normalize(x, mean, std):
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
-    return (x - mean) / std
+    return (x - constant(tuple(mean), x.device)) / constant(tuple(std), x.device)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -364,7 +379,8 @@ def draw_shapes(n, seed):
 def decode(path):
     """uint8 (3, H, W), upright; OSError where no decoder can read the file."""
     try:
-        return torchvision.io.decode_image(path, "RGB", apply_exif_orientation=True)
+        image = torchvision.io.decode_image(path, "RGB", apply_exif_orientation=True)
+        return TF.to_dtype(image if image.ndim == 3 else image[0], torch.uint8, scale=True)     # a 16-bit PNG; the first of an animation's frames
     except (RuntimeError, AttributeError):                      # BMP, TIFF, a wrong suffix, or a torchvision without decoders: Pillow, slower
         try:
             return TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(path))
@@ -388,7 +404,7 @@ def _collate(items):
 
 
 def _worker_signals(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is for the main process, which ends its workers
+    os.setpgid(0, 0)                                            # Ctrl-C and a group's SIGTERM are for the main process, which ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -559,14 +575,14 @@ def training_views(data, recipes, image_size, batch_size, seed, rank, world, dev
             yield epoch, order[i * batch_size:(i + 1) * batch_size][share]
     if torch.is_tensor(data.train):
         images = data.train.to(device)
-        batches = (([images[i.to(device)]] * len(recipes), i) for _, i in indices())
+        batches = (([images[to_device(i, device)]] * len(recipes), i) for _, i in indices())
     else:
         files = Files(data.name, data.train, image_size, None, seed, len(recipes), recipes[0])
         batches = files.batches(([(epoch, i) for i in index.tolist()] for epoch, index in indices()), workers, device)
     for step, (views, index) in enumerate(batches, start):
         views = [augment(x, recipe, rng(seed, step, v, 0), image_size, torch.is_tensor(data.train), share, batch_size).contiguous(memory_format=layout)
                for v, (x, recipe) in enumerate(zip(views, recipes))]
-        yield (views, data.train_labels[index].to(device, non_blocking=True)) if labelled else views
+        yield (views, to_device(data.train_labels[index], device)) if labelled else views
 
 
 # ---- backbones ------------------------------------------------------------------------------------------------------
@@ -725,6 +741,7 @@ class Log:
         self.out, self.batch, self.rank, self.world, self.start, self.stop = out, batch, rank, world, start, stop
         self.limits = dict(limits)
         self.pending, self.seconds, self.done, self.clock, self.knn = [], 0.0, 0, time.perf_counter(), ""
+        self.drawn = self.clock
 
     def add(self, step, terms):
         self.pending.append((step, terms))
@@ -737,6 +754,8 @@ class Log:
         values, now = (values / self.world).tolist(), time.perf_counter()
         for (step, _), row in zip(self.pending, values):
             if not all(map(math.isfinite, row)):
+                if self.rank == 0:
+                    plot_curves(self.out)
                 good = f"{self.out}/last.pt" if os.path.exists(f"{self.out}/last.pt") else "none yet"
                 print(f"error: not finite at step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in zip(names, row))
                       + f"; last good checkpoint: {good}", file=sys.stderr)
@@ -758,8 +777,11 @@ class Log:
             with open(f"{self.out}/log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             if "lr" not in row:
-                self.show("  ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in row.items()))
+                self.show("  ".join(f"{k} {v}" if isinstance(v, (str, int)) else f"{k} {v:.4g}" for k, v in row.items()))
                 self.knn = f"  knn5 {row['knn5']:.1f}" if "knn5" in row else self.knn
+                if time.perf_counter() > self.drawn + 60:                       # a run that is killed leaves a picture too
+                    plot_curves(self.out)
+                    self.drawn = time.perf_counter()
         self.clock = time.perf_counter()                                        # an evaluation does not count as training time
 
     def show(self, line, live=False):
@@ -807,12 +829,13 @@ def plot_curves(out):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in open(f"{out}/log.jsonl")][1:]
-    names = sorted({k for r in rows for k in r} - {"step", "images_per_s", "lr", "warning"})
-    groups = {"losses": "loss", "k-NN top-1 (%)": "knn raw", "collapse: std, cosine": "std cos_z", "effective rank": "rank", "task conflict": "conflict",
+    names = sorted({k for r in rows for k in r} - {"step", "images_per_s", "warning"})
+    groups = {"learning rate": "lr", "losses": "loss", "k-NN top-1 (%)": "knn raw", "collapse: std, cosine": "std cos_z", "effective rank": "rank", "task conflict": "conflict",
               "head: columns, norms": "live_columns zero_columns l21 frobenius"}
     panels = {title: [n for n in names if n.startswith(tuple(starts.split()))] for title, starts in groups.items()}
-    panels = {"learning rate": ["lr"], **panels, "other": [n for n in names if not any(n in p for p in panels.values())]}
-    panels = {title: keys for title, keys in panels.items() if keys}
+    panels = {title: keys for title, keys in {**panels, "other": [n for n in names if not any(n in p for p in panels.values())]}.items() if keys}
+    if not panels:
+        return
     figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(15, 4 * -(-len(panels) // 3)), layout="constrained", squeeze=False)
     for axis, (title, keys) in zip(axes.flat, panels.items()):
         for key in keys:

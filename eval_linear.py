@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from common import (SMALL, ClassFolders, Data, Parser, batch_stats_only, class_hash, effective_rank, embedding_std, extract_features, fail, knn_accuracy, load_data,
+from common import (SMALL, ClassFolders, Data, Parser, batch_stats_only, class_hash, effective_rank, embedding_std, extract_features, fail, idle_cores, knn_accuracy, load_data,
                     load_torch, lr_scale, make_backbone, number, read_classes, rng, save, save_text, setup_distributed, training_views)
 from simclr_tc2 import AUGMENTATION, gradient_conflict, info_nce
 
@@ -323,7 +323,7 @@ def tune(job, images, labels, test, classes, fraction, scale):
     recipe = dict(crop=(0.08 if state["image_size"] > SMALL else 0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter_p=0, jitter=(0, 0, 0, 0), gray_p=0, blur_p=0,
                   solarize_p=0, mean=state["mean"], std=state["std"])
     torch.manual_seed(args.seed)
-    backbone, head = copy.deepcopy(job.backbone).train(), nn.Linear(job.width, classes).to(job.device)
+    backbone, head = copy.deepcopy(job.backbone).requires_grad_().train(), nn.Linear(job.width, classes).to(job.device)
     net = nn.Sequential(backbone, head)
     nn.init.zeros_(head.weight)
     if hasattr(backbone, "patch_embed"):
@@ -339,7 +339,7 @@ def tune(job, images, labels, test, classes, fraction, scale):
     for step, ((x,), y) in enumerate(views):
         for group, lr in zip(opt.param_groups, peak):
             group["lr"] = lr * lr_scale(step, total, warmup)
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
             loss = F.cross_entropy(net(x).float(), y)
         opt.zero_grad()
         loss.backward()
@@ -522,7 +522,7 @@ def parse_args(argv=None):
     flag("--inner-lr", number(float, 0), "adaptation: alpha of the one step (default: 0.1)", default=0.1)
     p.add_argument("--sweep", action="store_true", help="linear, finetune: choose learning rate and weight decay on held-out training images, print the grid")
     p.add_argument("--overlay", nargs="+", default=[], metavar="RUN", help="spectrum, conflict: draw these runs too; adaptation: the ratio r to them")
-    flag("--workers", number(int, 0), "decoding processes for images above 96 px", default=min(16, os.cpu_count() or 1))
+    flag("--workers", number(int, 0), "decoding processes for images above 96 px", default=idle_cores())
     flag("--seed", number(int, 0), "initial weights and order of classifiers, episodes, tasks (default: 0)", default=0)
     return p.parse_args(argv)
 
@@ -622,8 +622,8 @@ def features(job, part):
     rows, state = (part.labels >= 0).nonzero()[:, 0], job.state
     images, labels = take(part, rows) if len(rows) < len(part.labels) else part.images, part.labels[rows]
     content = images if torch.is_tensor(images) else [(f, os.path.getsize(f), os.path.getmtime(f)) for f in images]
-    folder = os.path.join(job.args.run, "features")
-    path = os.path.join(folder, digest(*(v for kv in job.frozen.items() for v in kv), *(state[k] for k in ("image_size", "mean", "std")), content, labels)[:24] + ".pt")
+    folder, net = os.path.join(job.args.run, "features"), digest(*(v for kv in job.frozen.items() for v in kv), *(state[k] for k in ("image_size", "mean", "std")))[:12]
+    path = os.path.join(folder, f"{net}-{digest(content, labels)[:12]}.pt")
     if os.path.isfile(path):
         found = load_torch(path, f"RUN {job.args.run}", ("x", "labels"))
         x, labels = found["x"].to(job.device), found["labels"]
@@ -633,6 +633,9 @@ def features(job, part):
         labels = labels[kept]
         print(f"features of {len(x)} {part.split} images of {part.name}: {time.perf_counter() - begun:.1f} s")
         os.makedirs(folder, exist_ok=True)
+        for old in os.listdir(folder):
+            if not old.startswith(net):                                         # of weights that the run has no more
+                os.remove(os.path.join(folder, old))
         save(path, {"x": x.cpu(), "labels": labels})
     return job.known.setdefault(part.name + part.split, (x, labels.to(job.device)))
 

@@ -40,7 +40,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (Log, all_reduce_sum, average_gradients, base_parser, class_hash, fail, graceful_stop, load_data, lr_scale, monitor, number,
-                    open_run, resolve, rng, save_run, set_lr, setup_distributed, training_views, world_size)
+                    open_run, resolve, rng, save_run, set_lr, setup_distributed, to_device, training_views, world_size)
 
 SCRIPT, TC2_LR = "mae_tc2", 3e-3                        # alpha_1 .. alpha_4; the paper states none
 ARCHS = {"vit_micro": (96, 2, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6), "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16)}   # width, blocks, heads
@@ -327,14 +327,17 @@ def update_factors(factor_net, weight_net, opt, Z, S, m_support, ssl_loss, query
     for phase, rows in (("support", slice(None, m_support)), ("query", slice(m_support, None))):
         V = factor_net(S)
         W = weight_net(Z if phase == "query" else Z[rows], V)                   # the query error needs support anchors too
-        z_hat = (W @ V.T).chunk(tasks, dim=1)
-        loss = sum(ssl_loss(z, k) if phase == "support" else query_loss(z[m_support:], z[:m_support], k) for k, z in enumerate(z_hat)) / tasks
+        z_hat, loss, slopes = W @ V.T, 0, []
+        for k, z in enumerate(z_hat.detach().chunk(tasks, dim=1)):              # down to z_hat task by task: one task's graph at a time
+            task_loss = ssl_loss(z.requires_grad_(), k) if phase == "support" else query_loss(z.requires_grad_()[m_support:], z[:m_support], k)
+            slopes += torch.autograd.grad(task_loss / tasks, z)
+            loss = loss + task_loss.detach() / tasks
         W = W if phase == "support" else W[rows]
         opt.zero_grad()
-        (loss + tc2_loss(Z, Z[rows], W, V, lambda_s)).backward()
+        torch.autograd.backward((z_hat, tc2_loss(Z, Z[rows], W, V, lambda_s)), (torch.cat(slopes, 1), None))
         average_gradients([p for group in opt.param_groups for p in group["params"]])
         opt.step()
-        terms[f"loss_factors_{phase}"] = loss.detach()                                          # L^s of Eq. 4, L^q of Eq. 5, without Eq. 3
+        terms[f"loss_factors_{phase}"] = loss                                                   # L^s of Eq. 4, L^q of Eq. 5, without Eq. 3
     with torch.no_grad():
         return {**terms, "loss_v": factor_loss(Z, V), "loss_w": weight_loss(Z[rows], W, V)}     # L_v, L_w of Eq. 3 before the query step
 
@@ -380,14 +383,14 @@ def token_scale(t):
 
 def calibrated_tokens(t, V, weight_net):
     """The tokens t (..., d) with z replaced by z_hat, on their old scale: with z_hat = z nothing changes. [TC2 question iii]"""
-    z, mean, std = token_scale(t.to(torch.promote_types(t.dtype, torch.float32)))
-    return mean + std * calibrate(z, V, weight_net)
+    with torch.autocast(t.device.type, enabled=False):
+        z, mean, std = token_scale(t.to(torch.promote_types(t.dtype, torch.float32)))
+        return mean + std * calibrate(z, V, weight_net)
 
 
-def participation(z):
-    """(trace C)^2 / ||C||_F^2 of the covariance C of the rows of z (..., d): how many directions the tokens use, from 1 to d."""
-    z = z.flatten(0, -2)
-    C = (z - z.mean(0)).T @ (z - z.mean(0))
+def participation(S):
+    """(trace C)^2 / ||C||_F^2 of the covariance C in S (d + 1, d), see `batch_summary`: how many directions the tokens use, from 1 to d."""
+    C = S[1:]
     return C.trace().square() / C.square().sum().clamp(min=1e-30)
 
 
@@ -396,7 +399,7 @@ def draw_masks(args, n, progress, device):
     """order (m, n, L) for this process's n images: drawn for the joined batch, a function of seed and step. [TC2 "masked", MAE Section 3]"""
     total, first = n * world_size(), n * (dist.get_rank() if dist.is_initialized() else 0)
     order = random_masks(args.masks, total, (args.image_size // args.patch_size) ** 2, rng(args.seed, "masks", progress))
-    return order[:, first:first + n].to(device, non_blocking=True)
+    return to_device(order[:, first:first + n], device)
 
 
 def mae_step(nets, opts, x, order, visible, args):
@@ -433,7 +436,8 @@ def train_step(nets, opts, views, args, progress):
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
         t = nets["decoder"].embed(nets["backbone"](x.repeat(m, 1, 1, 1), order.flatten(0, 1)[:, :visible]))
     Z, mean, std = (s.unflatten(0, (m, -1)) for s in token_scale(t.float() if args.bf16 else t))                        # (m, n, 1 + T, d), (m, n, 1 + T, 1)
-    terms, calibrated = {"rank_z": participation(Z)}, None
+    S = batch_summary(Z)
+    terms, calibrated = {"rank_z": participation(S)}, None
     if args.calibrate != "none":                                                            # line 4: Eqs. 4-5
         means, stds = mean.chunk(K, 1), std.chunk(K, 1)
         def error(z_hat, k, rows):                      # through the decoder as it is: only f_v and f_w move in this stage
@@ -441,13 +445,12 @@ def train_step(nets, opts, views, args, progress):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
                 predicted = functional_call(nets["decoder"], frozen, (t, o), tie_weights=False)
             return reconstruction_loss(predicted.to(t.dtype), target[k].repeat(len(z_hat), 1, 1), o, visible)
-        S = batch_summary(Z)
         terms |= update_factors(nets["factor_net"], nets["weight_net"], opts["factors"], Z, S, m_support, lambda z, k: error(z, k, slice(None, m_support)),
                                 lambda query, support, k: error(query, k, slice(m_support, None)), K, args.lambda_s)
         V = nets["factor_net"](S).detach()
         calibrated = lambda t: calibrated_tokens(t, V, nets["weight_net"])
         z_hat = calibrate(Z, V, nets["weight_net"]).detach()
-        terms |= {"rank_z_hat": participation(z_hat), "cos_z_hat": F.cosine_similarity(z_hat, Z, dim=-1).mean()}
+        terms |= {"rank_z_hat": participation(batch_summary(z_hat)), "cos_z_hat": F.cosine_similarity(z_hat, Z, dim=-1).mean()}
     spaces = {"both": [calibrated], "none": [None], "mix": [calibrated, None]}[args.calibrate]
     net = MaskedAutoencoder(nets["backbone"], nets["decoder"])
     def loss_on(rows):
@@ -521,7 +524,7 @@ def main(argv=None):
     per_epoch = len(data.train) // per_step                                                 # an incomplete last batch is left out
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
-    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), device=str(device), processes=world, steps_per_epoch=per_epoch)
+    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
     if data.train_labels is None:

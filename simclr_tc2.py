@@ -201,14 +201,17 @@ def update_factors(factor_net, weight_net, opt, Z, S, m_support, ssl_loss, query
     for phase, rows in (("support", slice(None, m_support)), ("query", slice(m_support, None))):
         V = factor_net(S)
         W = weight_net(Z if phase == "query" else Z[rows], V)                   # the query error needs support anchors too
-        z_hat = (W @ V.T).chunk(tasks, dim=1)
-        loss = sum(ssl_loss(z, k) if phase == "support" else query_loss(z[m_support:], z[:m_support], k) for k, z in enumerate(z_hat)) / tasks
+        z_hat, loss, slopes = W @ V.T, 0, []
+        for k, z in enumerate(z_hat.detach().chunk(tasks, dim=1)):              # down to z_hat task by task: one task's graph at a time
+            task_loss = ssl_loss(z.requires_grad_(), k) if phase == "support" else query_loss(z.requires_grad_()[m_support:], z[:m_support], k)
+            slopes += torch.autograd.grad(task_loss / tasks, z)
+            loss = loss + task_loss.detach() / tasks
         W = W if phase == "support" else W[rows]
         opt.zero_grad()
-        (loss + tc2_loss(Z, Z[rows], W, V, lambda_s)).backward()
+        torch.autograd.backward((z_hat, tc2_loss(Z, Z[rows], W, V, lambda_s)), (torch.cat(slopes, 1), None))
         average_gradients([p for group in opt.param_groups for p in group["params"]])
         opt.step()
-        terms[f"loss_factors_{phase}"] = loss.detach()                                          # L^s of Eq. 4, L^q of Eq. 5, without Eq. 3
+        terms[f"loss_factors_{phase}"] = loss                                                   # L^s of Eq. 4, L^q of Eq. 5, without Eq. 3
     with torch.no_grad():
         return {**terms, "loss_v": factor_loss(Z, V), "loss_w": weight_loss(Z[rows], W, V)}     # L_v, L_w of Eq. 3 before the query step
 
@@ -324,7 +327,7 @@ def train_step(nets, opts, views, args, progress):
 
 
 def diagnose(nets, views, args):
-    """Figure 1b/c at the present weights: the gradients of InfoNCE over all views of K groups of this batch (4 if K = 1), on z (raw) and on
+    """Figure 1b/c at the present weights: the gradients of InfoNCE over all views of K groups of the first process's share (4 if K = 1), on z (raw) and on
     z_hat (calibrated), and the health of both. The groups are random, so their cosine also falls when they are small."""
     encoder, m, K = nn.Sequential(nets["backbone"], nets["projector"]), len(views), args.tasks if args.tasks > 1 else 4
     views = [v[:K * max(2, args.micro_batch // m)] for v in views] if args.micro_batch else views       # a group is as large as a part
@@ -363,7 +366,7 @@ def main(argv=None):
     per_epoch = len(data.train) // per_step                                                 # an incomplete last batch is left out
     total = args.epochs * per_epoch
     stop = min(total, args.max_steps or total)
-    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), device=str(device), processes=world, steps_per_epoch=per_epoch)
+    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
     if data.train_labels is None:

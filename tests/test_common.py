@@ -92,9 +92,9 @@ def test_colour_operations_equal_torchvision_with_a_factor_per_sample(name, fact
     close(getattr(common, name)(x.clone(), torch.tensor(factors)), expected)
 
 
-@pytest.mark.parametrize("height, width, kernel", [(12, 20, 3), (32, 32, 3), (48, 30, 5), (64, 40, 7), (96, 96, 9)])
-def test_gaussian_blur_equals_torchvision_with_a_sigma_per_sample(height, width, kernel):
-    x, sigma = noise(5, height, width) / 255, (.1, .7, 0., 2., 5.)
+@pytest.mark.parametrize("size, kernel", [(12, 3), (32, 3), (48, 5), (65, 7), (96, 9)])
+def test_gaussian_blur_equals_torchvision_with_a_sigma_per_sample(size, kernel):
+    x, sigma = noise(5, size, size) / 255, (.1, .7, 0., 2., 5.)
     out = common.gaussian_blur(x, torch.tensor(sigma))
     close(out, torch.stack([TF.gaussian_blur(i, [kernel, kernel], [s, s]) if s else i for i, s in zip(x, sigma)]))
     assert torch.equal(out[2], x[2])

@@ -720,6 +720,10 @@ def test_ema_decay_rises_from_base_through_the_midpoint_to_one(base):
     assert all(a < b for a, b in zip(path, path[1:]))
 
 
+def test_ema_decay_of_zero_is_no_average_throughout():
+    assert [ema_decay_at(0, x / 4) for x in range(5)] == [0] * 5
+
+
 @pytest.mark.parametrize("extreme", [5.0, -5.0])
 @pytest.mark.parametrize("kw", [{}, {"iterations": 30}])
 def test_curvature_probe_finds_the_largest_absolute_eigenvalue(extreme, kw):

@@ -453,15 +453,25 @@ def test_calibrated_tokens_take_the_weights_of_f_w_and_keep_mean_and_std():
     assert (w.mlp(token_scale(t)[0])).abs().max() > 0.01
 
 
+def test_calibration_stays_in_full_precision_under_autocast():
+    V, weight_net, t = orthonormal(8, 5).float(), WeightNet(8, 5), randn(6, 8).float()
+    exact = calibrated_tokens(t, V, weight_net)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(calibrated_tokens(t, V, weight_net), exact)
+        low = calibrated_tokens(t.bfloat16(), V, weight_net)
+    assert low.dtype == torch.float32 and torch.equal(low, calibrated_tokens(t.bfloat16().float(), V, weight_net))
+
+
 def test_participation_between_one_and_d():
+    directions = lambda z: participation(mae_tc2.batch_summary(z))
     axes = torch.cat([torch.eye(8, dtype=torch.float64), -torch.eye(8, dtype=torch.float64)])
-    close(participation(axes).item(), 8.0)
-    close(participation(axes + 7).item(), 8.0)
-    close(participation(randn(20000, 8)).item(), 8.0, rtol=0.01, atol=0)
-    close(participation(randn(50, 1) * randn(8, seed=1) + 3).item(), 1.0)
+    close(directions(axes).item(), 8.0)
+    close(directions(axes + 7).item(), 8.0)
+    close(directions(randn(20000, 8)).item(), 8.0, rtol=0.01, atol=0)
+    close(directions(randn(50, 1) * randn(8, seed=1) + 3).item(), 1.0)
     spectrum = torch.tensor([4.0, 2, 1, 1, 0, 0, 0, 0], dtype=torch.float64)
-    close(participation(axes * spectrum.sqrt() @ orthonormal(8, 8)).item(), 64 / 22)
-    close(participation(5 * randn(50, 8)).item(), participation(randn(50, 8)).item())
+    close(directions(axes * spectrum.sqrt() @ orthonormal(8, 8)).item(), 64 / 22)
+    close(directions(5 * randn(50, 8)).item(), directions(randn(50, 8)).item())
 
 
 # ---- one iteration --------------------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def test_features_are_computed_once_and_again_for_other_weights_or_data(monkeypa
     shutil.copytree("r/features", "q/features")
     make_run("s", seed=1)
     shutil.copytree("r/features", "s/features")
-    assert count("s", "--data", folder) == 2                                                                    # another backbone: another key
+    assert count("s", "--data", folder) == 2 and len(glob.glob("s/features/*.pt")) == 2                         # another backbone: another key, the old ones go
 
 
 def test_a_call_replaces_the_same_measurements_only_and_says_how_each_was_made():
@@ -228,7 +228,7 @@ def test_classes_of_the_run_hold_for_its_data_however_it_is_written_and_may_be_c
 
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("arch", ["resnet_tiny", "vit_micro"])
-def test_finetuning_learns_what_frozen_random_features_do_not_need_to_know(arch, capsys):
+def test_finetuning_trains_every_weight_of_a_copy(arch, capsys, monkeypatch):
     if arch == "vit_micro":
         torch.manual_seed(0)
         os.makedirs("r")
@@ -242,6 +242,12 @@ def test_finetuning_learns_what_frozen_random_features_do_not_need_to_know(arch,
         file.write("\n".join(f"{c}/{i}.png" for c in "xy" for i in range(0, 32, 2)))
     eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-list", "list.txt", "--tune-epochs", "100"])
     assert values("finetune") == {"list_top1": 100, "list_images": 32}
+    job, extract, tuned = eval_linear.make_job(eval_linear.parse_args(["r", "--data", "d", "--tune-epochs", "2"])), eval_linear.extract_features, {}
+    monkeypatch.setattr(eval_linear, "extract_features", lambda net, *rest: tuned.update(net[0].state_dict()) or extract(net, *rest))
+    eval_linear.tune(job, job.train.images, job.train.labels, (job.test.images, job.test.labels), 2, 1.0, 1)
+    still = [k for k, v in job.backbone.named_parameters() if torch.equal(tuned[k], v)]
+    assert len(tuned) > 10 and not still, f"fine-tuning leaves {still} as they were"
+    assert all(torch.equal(v, job.frozen[k]) and not v.requires_grad for k, v in job.backbone.state_dict().items())
     eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-fraction", "0.5", "--tune-epochs", "1", "--sweep"])
     assert values("finetune (sweep)")["50%_images"] == 32 and values("finetune (sweep)")["50%_lr_scale"] in eval_linear.TUNE_GRID
     assert capsys.readouterr().out.count("held out") == len(eval_linear.TUNE_GRID)

@@ -16,6 +16,7 @@ import time
 import types
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -220,6 +221,19 @@ def program(*argv, **kw):
     return subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kw)
 
 
+def test_sigterm_to_the_whole_group_leaves_the_workers_to_the_program():
+    image_folder("d", size=(120, 110), n=30)
+    run = program(f"{ROOT}/simclr_tc2.py", "--data", "d", "--image-size", "20", "--arch", "resnet_tiny", "--batch-size", "8", "--epochs", "500", "--workers", "1", "--baseline",
+                  "--log-every", "1", "--out", "r", start_new_session=True)
+    while not (os.path.exists("r/log.jsonl") and rows("r")[-1].get("step", 0) >= 3):
+        assert run.poll() is None
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGTERM)                  # as torchrun, timeout and systemd do
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM and "same command goes on" in out and "Traceback" not in err
+    assert state("r")["step"] == rows("r")[-1]["step"] >= 3
+
+
 def test_kill_9_between_checkpoints_then_resume_equals_uninterrupted():
     argv = [f"{ROOT}/simclr_tc2.py", *QUICK, "--epochs", "4", "--log-every", "1", "--baseline"]
     simclr_tc2.main(argv[1:] + ["--out", "whole"])
@@ -264,6 +278,38 @@ def test_resume_refuses_other_settings_and_foreign_files(capsys):
     assert "has no step, settings" in capsys.readouterr().err
 
 
+def test_a_run_of_another_device_is_not_resumed(monkeypatch, capsys):
+    simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "1"])
+    saved = torch.load("r/last.pt")
+    saved["settings"]["device"] = "cuda"
+    torch.save(saved, "r/last.pt")
+    with pytest.raises(SystemExit):
+        simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "2"])
+    assert "device cuda -> cpu" in capsys.readouterr().err
+
+
+def test_workers_by_default_share_the_cores_of_the_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24))
+    for local, workers in (("1", 16), ("4", 6), ("64", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert simclr_tc2.parse_args([]).workers == eval_linear.parse_args(["r"]).workers * 1 == workers
+
+
+def test_pictures_are_drawn_while_a_run_goes_on_and_before_it_ends_badly(monkeypatch):
+    clock, drawn = [0.0], []
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(common, "plot_curves", lambda out: drawn.append(clock[0]))
+    os.makedirs("r")
+    log = common.Log("r", 8, 0, 1, 0, 9, {})
+    for clock[0] in (10.0, 61.0, 70.0, 122.0):
+        log.event(step=12800, knn5=50.0, rank_h=3.0)
+    assert drawn == [61.0, 122.0]
+    log.add(3, {"loss_ssl": torch.tensor(float("nan"))})
+    with pytest.raises(SystemExit):
+        log.write(0.1)
+    assert len(drawn) == 3
+
+
 def test_resume_survives_a_lost_log():
     for stop in ("2", "4"):
         simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", stop])
@@ -296,7 +342,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(capsys):
     assert stopped.value.code == 2 and not os.path.exists("exploded")
 
 
-def test_a_value_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(monkeypatch, capsys):
+def test_a_value_that_is_not_finite_draws_the_picture_and_stops_the_run_with_step_and_checkpoint(monkeypatch, capsys):
     step, calls = simclr_tc2.train_step, []
     def poisoned(nets, opts, views, *rest):
         calls.append(1)
@@ -305,7 +351,7 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(
     with pytest.raises(SystemExit) as stopped:
         simclr_tc2.main(QUICK + ["--out", "r", "--baseline"])
     err = capsys.readouterr().err
-    assert stopped.value.code == 1 and "not finite at step 11" in err and "loss_ssl nan" in err and "r/last.pt" in err
+    assert os.path.getsize("r/curves.png") > 10000 and stopped.value.code == 1 and "not finite at step 11" in err and "loss_ssl nan" in err and "r/last.pt" in err
     assert state("r")["step"] == 8 and all(v.isfinite().all() for v in state("r")["nets"].values())
 
 
@@ -618,6 +664,12 @@ def test_exif_turn_gray_and_misnamed_files_are_read():
     Image.new("CMYK", (8, 9)).save("cmyk.jpg")
     Image.new("RGB", (8, 9), (1, 2, 3)).save("bitmap.bmp")
     os.rename("bitmap.bmp", "bitmap.jpg")
+    Image.fromarray(np.arange(72, dtype=np.uint16).reshape(8, 9) * 900).save("deep.png")
+    Image.new("RGB", (8, 9), (200, 0, 0)).save("moving.gif", save_all=True, append_images=[Image.new("RGB", (8, 9), (0, 0, 200))], duration=9)
+    os.rename("moving.gif", "moving.jpg")
+    deep, moving = common.decode("deep.png"), common.decode("moving.jpg")
+    assert deep.dtype == moving.dtype == torch.uint8 and deep.shape == (3, 8, 9) and moving.shape == (3, 9, 8)
+    assert (deep[0].flatten().int() - torch.arange(72) * 900 // 257).abs().max() <= 1 and (moving[:, 0, 0] - torch.tensor([200, 0, 0])).abs().max() <= 2
     assert common.decode("turned.jpg").shape == (3, 40, 20)
     assert common.decode("gray.png").shape == common.decode("cmyk.jpg").shape == (3, 9, 8) and common.decode("gray.png").unique().tolist() == [77]
     assert common.decode("bitmap.jpg")[:, 0, 0].tolist() == [1, 2, 3]

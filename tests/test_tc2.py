@@ -1,6 +1,7 @@
 """Oracles for simclr_tc2 derived from the equations: slow loops, closed forms, finite differences, invariants."""
 import copy
 import math
+import weakref
 from argparse import Namespace
 
 import pytest
@@ -282,6 +283,21 @@ def test_weight_loss_trains_the_weight_net_and_never_the_factor_net():
     (f0, w0), (f1, w1), (f2, w2) = (train(lam) for lam in (None, 0.0, 5.0))
     close((f2, w1), (f1, w0))
     assert (f1 - f0).norm() > 1e-6 and (w2 - w1).norm() > 1e-6
+
+
+def test_update_factors_holds_the_graph_of_one_task_at_a_time():
+    held, alive = [], []
+
+    def loss(*tensors):
+        big = torch.cat([t.flatten() for t in tensors]).repeat(50).exp()                    # exp keeps its result for the backward pass
+        held.append(weakref.ref(big))
+        alive.append(sum(r() is not None for r in held))
+        return big.sum()
+
+    f, w = seeded(FactorNet, 5, 3), seeded(WeightNet, 5, 3)
+    opt = torch.optim.SGD([*f.parameters(), *w.parameters()], 0.1)
+    update_factors(f, w, opt, randn(4, 8, 5), randn(6, 5, seed=1), 2, lambda z, k: loss(z), lambda q, s, k: loss(q, s), 4, 0.1)
+    assert len(alive) == 8 and max(alive) == 1
 
 
 @pytest.mark.parametrize("second_order", [False, True])
