@@ -35,7 +35,7 @@ from torch import nn
 from torch.func import functional_call
 
 from common import (SMALL, ClassFolders, Data, Parser, batch_stats_only, class_hash, effective_rank, embedding_std, extract_features, fail, idle_cores, knn_accuracy, load_data,
-                    load_torch, lr_scale, make_backbone, number, read_classes, rng, save, save_text, setup_distributed, training_views)
+                    load_torch, lr_scale, make_backbone, number, read_classes, rng, save, save_text, set_lr, setup_distributed, training_views)
 from simclr_tc2 import AUGMENTATION, gradient_conflict, info_nce
 
 PROBE_LR, PROBE_DECAY = 1e-2, 5e-6
@@ -97,19 +97,18 @@ def fit_probes(x, y, classes, settings, epochs, seed, batch=1000):
     first, n, P = nn.Linear(x.shape[1], classes).to(x.dtype), len(x), len(settings)
     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     W = torch.cat([first.weight, first.bias[:, None]], 1).to(x.device).repeat(P, 1)                                 # (P classes, d + 1)
-    lr, decay = (torch.tensor(c, dtype=x.dtype, device=x.device).repeat_interleave(classes)[:, None] for c in zip(*settings))
-    mean, square, step, place = torch.zeros_like(W), torch.zeros_like(W), 0, torch.arange(min(batch, n), device=x.device)
+    probes, place = W.split(classes), torch.arange(min(batch, n), device=x.device)
+    opt = torch.optim.Adam([{"params": [w], "lr": lr, "weight_decay": decay} for w, (lr, decay) in zip(probes, settings)], fused=True)
     for epoch in range(epochs):
-        order, epoch_lr = torch.randperm(n, generator=rng(seed, epoch)).to(x.device), lr * 1e-4 ** (epoch / max(1, epochs - 1))
-        for rows in order.split(batch):
-            xb, step = x.index_select(0, rows), step + 1
+        set_lr({"probes": opt}, 1e-4 ** (epoch / max(1, epochs - 1)))
+        for rows in torch.randperm(n, generator=rng(seed, epoch)).to(x.device).split(batch):
+            xb = x.index_select(0, rows)
             p = (W @ xb.T).view(P, classes, -1).softmax(1)                                                          # images last: twice as fast
             p[:, y[rows], place[:len(rows)]] -= 1
-            grad = torch.addmm(decay * W, p.flatten(0, 1), xb, alpha=1 / len(rows))
-            mean.lerp_(grad, 0.1)
-            square.mul_(0.999).addcmul_(grad, grad, value=0.001)
-            W -= epoch_lr / (1 - 0.9 ** step) * mean / (square / (1 - 0.999 ** step)).sqrt_().add_(1e-8)
-    return [(w[:, :-1], w[:, -1]) for w in W.split(classes)]
+            for w, grad in zip(probes, (p.flatten(0, 1) @ xb / len(rows)).split(classes)):
+                w.grad = grad
+            opt.step()
+    return [(w[:, :-1], w[:, -1]) for w in probes]
 
 
 def top_accuracies(logits, y):
