@@ -624,7 +624,8 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=5, metric="euclidea
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     classes, ks = int(bank_labels.max()) + 1, [k] if isinstance(k, int) else k
     correct = torch.zeros(len(ks), device=queries.device)
-    for q, y in zip(queries.split(1024), query_labels.split(1024)):
+    size = max(1, min(1024, 2 ** 28 // len(bank)))                              # at most a gigabyte of distances
+    for q, y in zip(queries.split(size), query_labels.split(size)):
         near = q @ bank.T if metric == "cosine" else torch.cdist(q, bank)
         near, index = near.topk(min(max(ks), len(bank)), dim=1, largest=metric == "cosine")
         weight = ((near - 1) / temperature).exp() if metric == "cosine" else torch.ones_like(near)

@@ -94,21 +94,20 @@ def fit_probes(x, y, classes, settings, epochs, seed, batch=1000):
     """[(weight (classes, d), bias (classes,))] for each (lr, weight decay) of settings, trained side by side on x (n, d), y (n,): cross-entropy,
     Adam. The gradient of a linear classifier is x^T (softmax - one-hot), written out: autograd would take most of the time."""
     torch.manual_seed(seed)
-    first, n, P = nn.Linear(x.shape[1], classes).to(x.dtype), len(x), len(settings)
-    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-    W = torch.cat([first.weight, first.bias[:, None]], 1).to(x.device).repeat(P, 1)                                 # (P classes, d + 1)
-    probes, place = W.split(classes), torch.arange(min(batch, n), device=x.device)
-    opt = torch.optim.Adam([{"params": [w], "lr": lr, "weight_decay": decay} for w, (lr, decay) in zip(probes, settings)], fused=True)
+    first, n, P = nn.Linear(x.shape[1], classes).to(x.device, x.dtype), len(x), len(settings)
+    W, b, place = first.weight.repeat(P, 1), first.bias.repeat(P), torch.arange(min(batch, n), device=x.device)               # (P classes, d), (P classes,)
+    probes = [*zip(W.split(classes), b.split(classes))]                                                             # views of W and b
+    opt = torch.optim.Adam([{"params": probe, "lr": lr, "weight_decay": decay} for probe, (lr, decay) in zip(probes, settings)], fused=True)
     for epoch in range(epochs):
         set_lr({"probes": opt}, 1e-4 ** (epoch / max(1, epochs - 1)))
         for rows in torch.randperm(n, generator=rng(seed, epoch)).to(x.device).split(batch):
             xb = x.index_select(0, rows)
-            p = (W @ xb.T).view(P, classes, -1).softmax(1)                                                          # images last: twice as fast
+            p = torch.addmm(b[:, None], W, xb.T).view(P, classes, -1).softmax(1)                                    # images last: twice as fast
             p[:, y[rows], place[:len(rows)]] -= 1
-            for w, grad in zip(probes, (p.flatten(0, 1) @ xb / len(rows)).split(classes)):
-                w.grad = grad
+            for (w, c), g in zip(probes, p.flatten(0, 1).div_(len(rows)).split(classes)):
+                w.grad, c.grad = g @ xb, g.sum(1)
             opt.step()
-    return [(w[:, :-1], w[:, -1]) for w in probes]
+    return probes
 
 
 def top_accuracies(logits, y):
