@@ -404,7 +404,9 @@ def _collate(items):
 
 
 def _worker_signals(_):
-    os.setpgid(0, 0)                                            # Ctrl-C and a group's SIGTERM are for the main process, which ends its workers
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)                                        # Ctrl-C and a group's SIGTERM are for the main process, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

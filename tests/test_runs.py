@@ -924,9 +924,43 @@ def protocol_value(run, key):
 def test_the_script_of_the_tables_prints_the_lines_of_the_results_page():
     out = subprocess.run([sys.executable, "-B", "-c", f"import sys; sys.path.insert(0, '{ROOT}/results'); import tables\n"
                           "for folder in tables.METHODS:\n    for run in tables.glob.glob(f'{tables.HERE}/{folder}/*/'): print(f'`{tables.os.path.basename(run[:-1])}` | ' + ' | '.join(tables.row(run)[2]))\n"
-                          "print('\\n'.join(tables.protocol_lines()))"], capture_output=True, text=True, check=True).stdout
+                          "print('\\n'.join(tables.protocol_lines()))\nfor lines in tables.seed_tables().values(): print('\\n'.join(lines))"], capture_output=True, text=True, check=True).stdout
     page = source("results/README.md")
     assert out.count("\n") > 60 and not [line for line in out.splitlines() if line not in page]
+
+
+def test_tables_over_seeds_hold_the_means_and_spreads_of_the_logs():
+    section, checked = source("results/README.md").split("\n## Over seeds")[1].split("\n## ")[0], 0
+    runs, mean = {}, lambda c: sum(c) / len(c)
+    for path in sorted(glob.glob(f"{ROOT}/results/cifar10_seeds/seed*/*/eval.json")):
+        seed, row = path.split("/")[-3:-1]
+        settings, steps, _, found = logged(f"cifar10_seeds/{seed}", row)
+        assert settings["seed"] == int(seed[4:]) and settings["out"] == f"runs/{seed}/{row}" and settings["data"] == "runs/subset"
+        per_step = settings["tasks"] if settings["script"] == "byol_gessl" and not settings["baseline"] else 1
+        runs.setdefault(row, {})[seed] = accuracies(found), steps[-1]["step"] * settings["batch_size"] * per_step / 1e3
+    for row, n, images, rest in re.findall(r"^\| `([\w.]+)` \| (\d) \| (\d+) \|([^\n]+)\|$", section, re.M):
+        values, seen = zip(*runs[row].values())
+        assert len(values) == int(n) and {round(s) for s in seen} == {int(images)}, row
+        for cell, column in zip(rest.split("|")[1:4], zip(*values)):
+            middle, _, spread = cell.partition("±")
+            variance = sum((v - mean(column)) ** 2 for v in column) / max(1, len(column) - 1)
+            assert abs(float(middle) - mean(column)) <= 0.0501 and (not spread or abs(float(spread) - variance ** 0.5) <= 0.0501), row
+        checked += 1
+    assert checked == len(runs) >= 27
+    for a, b, n, *cells in re.findall(r"^\| `(\w+)` - `(\w+)` \| (\d) \| ([^|]+)\|([^|]+)\|([^|]+)\|$", section, re.M):
+        both = sorted(set(runs[a]) & set(runs[b]))
+        for i, cell in enumerate(cells):
+            d, (middle, half) = [runs[a][s][0][i] - runs[b][s][0][i] for s in both], map(float, cell.split("±"))
+            error = (sum((x - mean(d)) ** 2 for x in d) / (len(d) - 1) / len(d)) ** 0.5
+            assert len(both) == int(n) and abs(middle - mean(d)) <= 0.0501 and abs(half - {2: 12.706, 3: 4.303}[len(d)] * error) <= 0.06, (a, b)
+        checked += 1
+    assert checked >= len(runs) + 15
+
+
+def test_accuracies_on_the_first_screen_are_those_of_the_results_page():
+    screen, page = source("README.md").split("## Start")[0], source("results/README.md")
+    quoted, there = re.findall(r"\d+\.\d", screen), {f"{float(x):.1f}" for x in re.findall(r"\d+\.\d+", page)}
+    assert len(quoted) >= 8 and not set(quoted) - there
 
 
 def test_results_tables_hold_what_the_logs_say():
