@@ -22,7 +22,7 @@
 
 RUN is a folder with backbone.pt, see README. Features (of a ViT: the mean over all patch tokens) are computed once without augmentation and kept in RUN/features under a key of
 backbone and data. Test labels are used for the printed number alone; --sweep chooses on a part of the training set. Results go to stdout as a table and a
-Markdown row, and to RUN/eval.json, where rows of other protocols, metrics and data are kept, each with its command. Whatever the protocol, the backbone and its
+Markdown row, and to RUN/eval.json, where rows of other protocols, metrics and data are kept, each with its command, as long as the weights are the same. Whatever the protocol, the backbone and its
 BatchNorm statistics are checked to be bit-identical before and after: fine-tuning and inner steps work on copies.
 """
 import argparse, copy, hashlib, importlib, json, math, os, shlex, sys, time
@@ -266,23 +266,28 @@ def adaptation(job):
     """Accuracy on training tasks before and after one step of gradient descent on the task's InfoNCE (tau 0.2, on centred features), and its ratio r to
     this run's for an --overlay run that has been through the same. [GeSSL Definition 3.1, Table 15]"""
     names, params = zip(*((k, p.detach().requires_grad_()) for k, p in job.backbone.named_parameters()))
-    before, after, count = [], [], count_tasks(job, job.train, 1)
+    tasks, count, loss_of = [], count_tasks(job, job.train, 1), lambda h: info_nce(h - h.mean((0, 1)), 0.2)
     job.backbone.train()
     for views in task_views(job, job.train, count):
         x = torch.cat(views)
         embed = lambda params: functional_call(job.backbone, dict(zip(names, params)), (x,)).float().unflatten(0, (2, -1))
         with batch_stats_only(job.backbone):
             h = embed(params)
-            grads = torch.autograd.grad(info_nce(h - h.mean((0, 1)), 0.2), params, materialize_grads=True)
+            grads = torch.autograd.grad(loss_of(h), params, materialize_grads=True)
             with torch.no_grad():
-                before.append(instance_accuracy(h[None]))
-                after.append(instance_accuracy(embed(torch._foreach_add(params, grads, alpha=-job.args.inner_lr))[None]))
+                after = embed(torch._foreach_add(params, grads, alpha=-job.args.inner_lr))
+                tasks.append(torch.stack([value for z in (h, after) for value in (instance_accuracy(z[None]), loss_of(z))]))
     job.backbone.eval()
-    (a, a_pm), (b, b_pm) = interval(torch.stack(before)), interval(torch.stack(after))
-    found = {"before": a, "before_pm": a_pm, "after": b, "after_pm": b_pm}
+    found = {}
+    for name, column in zip(("before", "loss_before", "after", "loss_after"), torch.stack(tasks).T):
+        found[name], found[f"{name}_pm"] = interval(column)
+    if found["loss_after"] > found["loss_before"]:
+        print(f"  adaptation: the step raises the loss it descends, --inner-lr {job.args.inner_lr:g} is too long")
     for other in job.args.overlay:
-        rows = [r for r in read_json(os.path.join(other, "eval.json"))["results"] if row_key(r) == (job.name, "adaptation", "after", settings_of("adaptation", job.args))]
-        found[f"r_{run_name(other)}"] = rows[0]["value"] / b if rows else fail(f"--overlay {other}: no adaptation on {job.name} with the same settings in its eval.json")
+        wanted = (job.name, "adaptation", "after", settings_of("adaptation", job.args), job.classes, weights_hash(load_run(other)[1]))
+        rows = [r for r in read_json(os.path.join(other, "eval.json"))["results"] if (*row_key(r), r.get("weights")) == wanted]
+        found[f"r_{run_name(other)}"] = rows[0]["value"] / found["after"] if rows else \
+            fail(f"--overlay {other}: no adaptation of its present weights on {job.name} with the same settings in its eval.json")
     return found
 
 
@@ -316,7 +321,8 @@ def layer_groups(backbone, head, lr, weight_decay, decay):
 
 
 def tune(job, images, labels, test, classes, fraction, scale):
-    """Logits (n, classes) of `test` = (images, labels) after fine-tuning a copy of the backbone and a new classifier on (images, labels)."""
+    """((logits (n, classes), labels (n,)) of `test` = (images, labels), training accuracy in the last epoch) after fine-tuning a copy of the backbone and a new
+    classifier on (images, labels). The rate falls to 0 along a cosine; no weight decay for a ResNet."""
     args, state, batch = job.args, job.state, len(labels) // -(-len(labels) // 256)                    # at most 256, hardly an image left out
     recipe = dict(crop=(0.08 if state["image_size"] > SMALL else 0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter_p=0, jitter=(0, 0, 0, 0), gray_p=0, blur_p=0,
                   solarize_p=0, mean=state["mean"], std=state["std"])
@@ -325,7 +331,7 @@ def tune(job, images, labels, test, classes, fraction, scale):
     net = nn.Sequential(backbone, head)
     nn.init.zeros_(head.weight)
     if hasattr(backbone, "patch_embed"):
-        opt = torch.optim.AdamW(layer_groups(backbone, head, VIT_LR * scale * batch / 256, VIT_WEIGHT_DECAY, VIT_LAYER_DECAY))
+        opt = torch.optim.AdamW(layer_groups(backbone, head, VIT_LR * scale, VIT_WEIGHT_DECAY, VIT_LAYER_DECAY))
     else:
         head_lr, body_lr = TUNE_LR[min(TUNE_LR, key=lambda f: abs(math.log(f / fraction)))]
         scale = scale * batch / 256
@@ -334,20 +340,24 @@ def tune(job, images, labels, test, classes, fraction, scale):
     total, warmup = args.tune_epochs * per_epoch, 0.1 * args.tune_epochs * per_epoch if hasattr(backbone, "patch_embed") else 0
     views = training_views(Data(job.name, images, labels, [], None, state["image_size"]), [recipe], state["image_size"], batch, args.seed, 0, 1, job.device, args.workers,
                            0, total, labelled=True)
+    hits = []
     for step, ((x,), y) in enumerate(views):
         for group, lr in zip(opt.param_groups, peak):
             group["lr"] = lr * lr_scale(step, total, warmup)
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
-            loss = F.cross_entropy(net(x).float(), y)
+            logits = net(x).float()
+            loss = F.cross_entropy(logits, y)
+        if step >= total - per_epoch:
+            hits.append((logits.argmax(1) == y).float().mean())
         opt.zero_grad()
         loss.backward()
         opt.step()
     logits, kept = extract_features(net, test[0], state["image_size"], state["mean"], state["std"], args.workers, job.device, job.name)
-    return logits, test[1][kept].to(job.device)
+    return (logits, test[1][kept].to(job.device)), 100 * float(sum(hits) / max(1, len(hits)))
 
 
 def finetune(job):
-    """{"1%_top1": .., "1%_top5": .., "1%_images": ..} for each --label-fraction, or of the images in --label-list."""
+    """{"1%_top1": .., "1%_top5": .., "1%_train_top1": .., "1%_images": ..} for each --label-fraction, or of the images in --label-list."""
     part, args, found, device = job.train, job.args, {}, job.device
     classes = int(torch.cat([part.labels, job.test.labels]).max()) + 1
     if args.label_list:
@@ -360,11 +370,11 @@ def finetune(job):
         scale, labels = 1, part.labels[rows]
         if args.sweep:
             rest, held = hold_out(labels, 0.2, args.seed)
-            scores = [top_accuracies(*tune(job, take(part, rows[rest]), labels[rest], (take(part, rows[held]), labels[held]), classes, fraction, s))["top1"] for s in TUNE_GRID]
+            scores = [top_accuracies(*tune(job, take(part, rows[rest]), labels[rest], (take(part, rows[held]), labels[held]), classes, fraction, s)[0])["top1"] for s in TUNE_GRID]
             print("\n".join(f"  sweep: {name} of the labels, learning rates times {s:g}: {score:.2f} on {len(held)} held out" for s, score in zip(TUNE_GRID, scores)))
             scale = TUNE_GRID[scores.index(max(scores))]
-        accuracies = top_accuracies(*tune(job, take(part, rows), labels, test, classes, fraction, scale))
-        found |= {f"{name}_{k}": v for k, v in {**accuracies, "images": len(rows), **({"lr_scale": scale} if args.sweep else {})}.items()}
+        tuned, fitted = tune(job, take(part, rows), labels, test, classes, fraction, scale)
+        found |= {f"{name}_{k}": v for k, v in {**top_accuracies(*tuned), "train_top1": fitted, "images": len(rows), **({"lr_scale": scale} if args.sweep else {})}.items()}
     return found
 
 
@@ -430,22 +440,27 @@ def pca(job):
 
 
 # ---- one job --------------------------------------------------------------------------------------------------------
+def embedding(job, h):
+    return torch.cat([job.projector(part) for part in h.split(4096)])
+
+
 def spaces_of(job, h):
     """{"representation": h, "embedding": projector(h)} of features (n, d), the second where the run has a projector."""
-    return {"representation": h} | ({"embedding": job.projector(h)} if job.projector else {})
+    return {"representation": h} | ({"embedding": embedding(job, h)} if job.projector else {})
 
 
 def spectrum(job):
     """Effective rank, and number of eigenvalues above 1e-6 of the largest, of representation and embedding of the test images."""
     found, spectra = {}, {}
     for other in job.args.overlay:
-        if (seen := read_json(os.path.join(other, "spectrum.json"))["data"]) != job.name:
-            fail(f"--overlay {other}: its spectrum.json is of {seen}, not of {job.name}")
+        seen = read_json(os.path.join(other, "spectrum.json"))
+        if [seen.get(k) for k in ("data", "classes", "weights")] != [job.name, job.classes, weights_hash(load_run(other)[1])]:
+            fail(f"--overlay {other}: its spectrum.json is of {seen['data']}, not of {job.name}, of other classes, or of weights that it has no more")
     for name, x in spaces_of(job, features(job, job.test)[0]).items():
         values = eigenvalues(x)
         spectra[name] = values.tolist()
         found |= {f"{name}_rank": effective_rank(x).item(), f"{name}_above_1e-6": (values > 1e-6 * values[0]).sum().item()}
-    save_text(os.path.join(job.args.run, "spectrum.json"), json.dumps({"data": job.name, "eigenvalues": spectra}))
+    save_text(os.path.join(job.args.run, "spectrum.json"), json.dumps({"data": job.name, "classes": job.classes, "weights": job.weights, "eigenvalues": spectra}))
     plot_spectra([job.args.run, *job.args.overlay], os.path.join(job.args.run, "spectrum.png"))
     return found
 
@@ -453,7 +468,8 @@ def spectrum(job):
 def ratios(job):
     """Median and tenth percentile of M over up to 5,000 test images, and the spread of the features (0 = collapsed). [SparseHead Eq. 9]"""
     found = {}
-    for name, z in spaces_of(job, features(job, job.test)[0][:5000]).items():
+    h = features(job, job.test)[0]
+    for name, z in spaces_of(job, h[:: -(-len(h) // 5000)]).items():                        # files come class by class
         ratio = distance_ratio(z)
         found |= {name: ratio.median().item(), f"{name}_tenth": ratio.quantile(0.1).item(), f"{name}_std": embedding_std(z).item()}
     return found
@@ -462,7 +478,7 @@ def ratios(job):
 def on_features(protocol, parts=("train", "test")):
     """A protocol (train, test, args), or of one of them, on --on representation or embedding, once for each held-out domain with --domains."""
     def run(job):
-        pick = lambda part: (spaces_of(job, part[0])[job.args.on], part[1])
+        pick = lambda part: (embedding(job, part[0]) if job.args.on == "embedding" else part[0], part[1])
         if not job.domains:
             return protocol(*(pick(features(job, getattr(job, part))) for part in parts), job.args)
         domains, found = {run_name(part.name): features(job, part) for part in job.domains}, {}
@@ -471,7 +487,7 @@ def on_features(protocol, parts=("train", "test")):
             for metric, value in protocol(train, pick(domains[name]), job.args).items():
                 found.setdefault(metric, {})[name] = value
         return {f"{metric}_{name}": value for metric, values in found.items() for name, value in
-                {**values, "average": sum(values.values()) / len(values), "worst": min(values.values())}.items()}
+                {**values, **({"average": sum(values.values()) / len(values), "worst": min(values.values())} if len(values) == len(domains) else {})}.items()}
     return run
 
 
@@ -484,7 +500,7 @@ def knn_protocol(train, test, args):
 PROTOCOLS = {"linear": on_features(linear), "knn": on_features(knn_protocol), "finetune": finetune, "fewshot": on_features(fewshot, ["test"]), "sigma": sigma_protocol,
              "adaptation": adaptation, "spectrum": spectrum, "distance-ratio": ratios, "conflict": conflict, "pca": pca}
 BY_DOMAIN = ("linear", "knn")
-SETTINGS = {"linear": ("probe_epochs", "seed"), "finetune": ("tune_epochs", "seed"), "fewshot": ("queries", "episodes", "seed"), "sigma": ("task_size", "seed"),
+SETTINGS = {"linear": ("probe_epochs", "seed"), "finetune": ("tune_epochs", "label_list", "seed"), "fewshot": ("queries", "episodes", "seed"), "sigma": ("task_size", "seed"),
             "adaptation": ("task_size", "inner_lr", "seed"), "conflict": ("task_size", "seed")}         # rows of eval.json differ if these do
 
 
@@ -493,7 +509,12 @@ def settings_of(protocol, args):
 
 
 def row_key(row):
-    return tuple(row.get(k) for k in ("data", "protocol", "metric", "settings"))
+    return tuple(row.get(k) for k in ("data", "protocol", "metric", "settings", "classes"))
+
+
+def weights_hash(state):
+    """Of the weights and preprocessing in backbone.pt: what belongs to other weights is not kept."""
+    return digest(*(v for kv in state["state_dict"].items() for v in kv), *(state[k] for k in ("image_size", "mean", "std")))[:12]
 
 
 def parse_args(argv=None):
@@ -517,7 +538,7 @@ def parse_args(argv=None):
     flag("--queries", number(int, 1), "fewshot: test images per class (default: 15)", default=15)
     flag("--episodes", number(int, 2), "fewshot: (default: 600)", default=600)
     flag("--task-size", number(int, 4), "sigma, adaptation, conflict: N, images of a task (default: 64)", default=64)
-    flag("--inner-lr", number(float, 0), "adaptation: alpha of the one step (default: 0.1)", default=0.1)
+    flag("--inner-lr", number(float, 0), "adaptation: alpha of the one step (default: 0.01)", default=0.01)
     p.add_argument("--sweep", action="store_true", help="linear, finetune: choose learning rate and weight decay on held-out training images, print the grid")
     p.add_argument("--overlay", nargs="+", default=[], metavar="RUN", help="spectrum, conflict: draw these runs too; adaptation: the ratio r to them")
     flag("--workers", number(int, 0), "decoding processes for images above 96 px", default=idle_cores())
@@ -620,8 +641,8 @@ def features(job, part):
     rows, state = (part.labels >= 0).nonzero()[:, 0], job.state
     images, labels = take(part, rows) if len(rows) < len(part.labels) else part.images, part.labels[rows]
     content = images if torch.is_tensor(images) else [(f, os.path.getsize(f), os.path.getmtime(f)) for f in images]
-    folder, net = os.path.join(job.args.run, "features"), digest(*(v for kv in job.frozen.items() for v in kv), *(state[k] for k in ("image_size", "mean", "std")))[:12]
-    path = os.path.join(folder, f"{net}-{digest(content, labels)[:12]}.pt")
+    folder = os.path.join(job.args.run, "features")
+    path = os.path.join(folder, f"{job.weights}-{digest(content, labels)[:12]}.pt")
     if os.path.isfile(path):
         found = load_torch(path, f"RUN {job.args.run}", ("x", "labels"))
         x, labels = found["x"].to(job.device), found["labels"]
@@ -632,7 +653,7 @@ def features(job, part):
         print(f"features of {len(x)} {part.split} images of {part.name}: {time.perf_counter() - begun:.1f} s")
         os.makedirs(folder, exist_ok=True)
         for old in os.listdir(folder):
-            if not old.startswith(net):                                         # of weights that the run has no more
+            if not old.startswith(job.weights):
                 os.remove(os.path.join(folder, old))
         save(path, {"x": x.cpu(), "labels": labels})
     return job.known.setdefault(part.name + part.split, (x, labels.to(job.device)))
@@ -662,7 +683,7 @@ def make_job(args):
     job = SimpleNamespace(args=args, device=setup_distributed()[2], domains=None, projector=None, known={})
     job.backbone, job.state, settings = load_run(args.run)
     job.backbone.to(job.device).eval().requires_grad_(False)
-    job.frozen = {k: v.clone() for k, v in job.backbone.state_dict().items()}
+    job.frozen, job.weights = {k: v.clone() for k, v in job.backbone.state_dict().items()}, weights_hash(job.state)
     job.projector, size = load_projector(args.run, settings, job.device), job.state["image_size"]
     with torch.no_grad():
         job.width = job.backbone(torch.zeros(1, 3, size, size, device=job.device)).shape[1]
@@ -685,6 +706,7 @@ def make_job(args):
         own = settings.get("data")
         job.name = args.data or own or fail(f"--data: not given, and {args.run} has no log that names it")
         job.train, job.test = parts_of(job.name, size, args, args.classes or (settings.get("classes") if own and os.path.realpath(job.name) == os.path.realpath(own) else None))
+    job.classes = class_hash((job.domains or [job.train])[0].classes)
     return job
 
 
@@ -695,18 +717,19 @@ def main(argv=None):
     count = lambda part: int((part.labels >= 0).sum())
     images = [sum(map(count, job.domains))] * 2 if job.domains else [count(job.train), count(job.test)]
     print(f"{args.run} on {job.name}: " + (f"{len(job.domains)} domains, {images[0]} images" if job.domains else f"{images[0]} training and {images[1]} test images")
-          + f", classes {class_hash((job.domains or [job.train])[0].classes)}")
+          + f", classes {job.classes}")
     for protocol in args.protocol:
         label = protocol + " (embedding)" * (args.on == "embedding" and protocol in ("linear", "knn", "fewshot")) + " (sweep)" * (args.sweep and protocol in ("linear", "finetune"))
         begun = time.perf_counter()
-        rows += [{"data": job.name, "protocol": label, "metric": metric, "value": float(f"{value:.6g}"), "settings": settings_of(protocol, args)}
+        rows += [{"data": job.name, "protocol": label, "metric": metric, "value": float(f"{value:.6g}"), "settings": settings_of(protocol, args), "classes": job.classes,
+                  "weights": job.weights}
                  for metric, value in PROTOCOLS[protocol](job).items()]
         rows[-1]["seconds"] = round(time.perf_counter() - begun, 1)
         if not all(torch.equal(v, job.frozen[k]) for k, v in job.backbone.state_dict().items()):
             raise AssertionError(f"{protocol} has changed the backbone")
     show(run_name(args.run), job.name, rows)
     path, made = os.path.join(args.run, "eval.json"), {"train_images": images[0], "test_images": images[1], "command": shlex.join(["eval_linear.py", *(sys.argv[1:] if argv is None else argv)])}
-    kept = [r for r in read_json(path)["results"] if row_key(r) not in list(map(row_key, rows))] if os.path.isfile(path) else []
+    kept = [r for r in read_json(path)["results"] if r.get("weights") == job.weights and row_key(r) not in list(map(row_key, rows))] if os.path.isfile(path) else []
     save_text(path, json.dumps({"arch": job.state["arch"], "results": kept + [r | made for r in rows]}, indent=1))
 
 

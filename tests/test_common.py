@@ -3,6 +3,7 @@ import copy
 import datetime
 import itertools
 import math
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -440,3 +441,20 @@ def test_distributed_helpers_do_nothing_in_one_process(monkeypatch):
     (common.gather_batch(p, 0) * common.all_reduce_sum(p)).sum().backward()
     common.average_gradients([p, nn.Parameter(torch.zeros(1))])
     close(p.grad, 2 * p.data)
+
+
+def test_large_images_are_resized_to_eight_sevenths_and_cut_to_the_middle(tmp_path):
+    image = torch.randint(0, 255, (3, 120, 160), dtype=torch.uint8, generator=common.rng(3))
+    torchvision.io.write_png(image, str(tmp_path / "x.png"))
+    found, kept = common.extract_features(nn.Flatten(), [str(tmp_path / "x.png")], 112, (0.4,) * 3, (0.2,) * 3, 0, torch.device("cpu"))
+    expected = (TF.center_crop(TF.resize(image, [128], antialias=True), [112, 112]).float() / 255 - 0.4) / 0.2
+    close(found, expected.flatten()[None], 0.02)                                  # one grey level: the two resizes round differently
+    assert kept.tolist() == [0]
+
+
+def test_the_monitor_keeps_labels_with_their_images():
+    labels = torch.randint(0, 2, (300,), generator=common.rng(1))
+    images = (60 + 120 * labels)[:, None, None, None].expand(300, 3, 8, 8).to(torch.uint8).clone()
+    data = common.Data("d", images[:200], labels[:200], images[200:], labels[200:], 8, ["a", "b"])
+    args = Namespace(image_size=8, workers=0)
+    assert common.monitor(None, data, args, {"mean": (0.5,) * 3, "std": (0.2,) * 3}, torch.device("cpu"))["knn5"] == 100

@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -209,8 +210,26 @@ def test_overlays_of_other_data_or_settings_are_refused(capsys):
         image_folder(name, n=40)
     eval_linear.main(["q", "--data", "d", "--protocol", "adaptation", "spectrum", "--task-size", "16"])
     capsys.readouterr()
-    assert "adaptation on d with the same settings" in stops(["r", "--data", "d", "--protocol", "adaptation", "--task-size", "16", "--inner-lr", "0.2", "--overlay", "q"], capsys)
+    assert "no adaptation of its present weights on d with the same settings" in stops(["r", "--data", "d", "--protocol", "adaptation", "--task-size", "16", "--inner-lr", "0.2", "--overlay", "q"], capsys)
     assert "spectrum.json is of d, not of e" in stops(["r", "--data", "e", "--protocol", "spectrum", "--overlay", "q"], capsys)
+    shutil.copy("r/backbone.pt", "q/backbone.pt")                                               # the run went on after its evaluation
+    assert "weights that it has no more" in stops(["r", "--data", "d", "--protocol", "spectrum", "--overlay", "q"], capsys)
+    assert "present weights" in stops(["r", "--data", "d", "--protocol", "adaptation", "--task-size", "16", "--overlay", "q"], capsys)
+
+
+def test_rows_of_other_weights_go_and_rows_of_other_classes_stay():
+    make_run()
+    folder = image_folder("d", classes="abc", n=6)
+    with open("list", "w") as file:
+        file.write("a\nb")
+    evaluate = lambda *extra: eval_linear.main(["r", "--data", folder, "--protocol", "knn", "--k", *extra])
+    evaluate("1", "2")
+    evaluate("1", "--classes", "list")
+    assert sorted((r["metric"], r["train_images"]) for r in results() if "cosine" in r["metric"]) == [("k1_cosine", 12), ("k1_cosine", 18), ("k2_cosine", 18)]
+    make_run("q", seed=1)
+    shutil.copy("q/backbone.pt", "r/backbone.pt")
+    evaluate("1")
+    assert {r["metric"] for r in results()} == {"k1_euclidean", "k1_cosine"} and len({r["weights"] for r in results()}) == 1 and len(results()) == 2
 
 
 def test_classes_of_the_run_hold_for_its_data_however_it_is_written_and_may_be_chosen():
@@ -224,6 +243,29 @@ def test_classes_of_the_run_hold_for_its_data_however_it_is_written_and_may_be_c
         file.write(json.dumps({"settings": {"data": folder, "classes": "list"}}) + "\n")
     eval_linear.main(["r", "--data", "./d/", "--protocol", "knn", "--k", "2"])
     assert {r["train_images"] for r in results() if r["data"] == "./d/"} == {8}
+
+
+def test_distances_are_of_images_of_every_class_though_files_come_class_by_class(monkeypatch):
+    x, seen = torch.arange(12001.0)[:, None].expand(-1, 2).clone(), []
+    monkeypatch.setattr(eval_linear, "features", lambda job, part: (x, None))
+    monkeypatch.setattr(eval_linear, "distance_ratio", lambda z: seen.append(z) or z[:, 0])
+    eval_linear.ratios(types.SimpleNamespace(test=None, projector=None))
+    assert len(seen) == 1 and 3000 < len(seen[0]) <= 5000 and seen[0][0, 0] == 0 and seen[0][-1, 0] > 11990
+
+
+def test_embeddings_are_made_for_those_protocols_only_that_use_them(monkeypatch):
+    def projector(h):
+        raise AssertionError("the projector was called")
+    part = lambda labels: (torch.randn(len(labels), 4, generator=common.rng(0)), labels)
+    monkeypatch.setattr(eval_linear, "features", lambda job, part: part)
+    args = types.SimpleNamespace(on="representation", k=[1])
+    job = types.SimpleNamespace(args=args, domains=None, projector=projector, train=part(torch.arange(20) % 2), test=part(torch.arange(20) % 2))
+    assert eval_linear.PROTOCOLS["knn"](job)["k1_euclidean"] == 100
+    args.on = "embedding"
+    with pytest.raises(AssertionError, match="was called"):
+        eval_linear.PROTOCOLS["knn"](job)
+    job.projector = lambda h: h.square()
+    assert torch.equal(eval_linear.embedding(job, torch.ones(9000, 2) * 3), torch.full((9000, 2), 9.0))
 
 
 # ---- fine-tuning ----------------------------------------------------------------------------------------------------
@@ -241,7 +283,7 @@ def test_finetuning_trains_every_weight_of_a_copy(arch, capsys, monkeypatch):
     with open("list.txt", "w") as file:
         file.write("\n".join(f"{c}/{i}.png" for c in "xy" for i in range(0, 32, 2)))
     eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-list", "list.txt", "--tune-epochs", "100"])
-    assert values("finetune") == {"list_top1": 100, "list_images": 32}
+    assert values("finetune") == {"list_top1": 100, "list_train_top1": 100, "list_images": 32}
     job, extract, tuned = eval_linear.make_job(eval_linear.parse_args(["r", "--data", "d", "--tune-epochs", "2"])), eval_linear.extract_features, {}
     monkeypatch.setattr(eval_linear, "extract_features", lambda net, *rest: tuned.update(net[0].state_dict()) or extract(net, *rest))
     eval_linear.tune(job, job.train.images, job.train.labels, (job.test.images, job.test.labels), 2, 1.0, 1)
@@ -251,6 +293,49 @@ def test_finetuning_trains_every_weight_of_a_copy(arch, capsys, monkeypatch):
     eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-fraction", "0.5", "--tune-epochs", "1", "--sweep"])
     assert values("finetune (sweep)")["50%_images"] == 32 and values("finetune (sweep)")["50%_lr_scale"] in eval_linear.TUNE_GRID
     assert capsys.readouterr().out.count("held out") == len(eval_linear.TUNE_GRID)
+
+
+def test_finetuning_is_judged_on_the_test_folder():
+    make_run()
+    for split, shades in (("train", {"x": 150, "y": 110}), ("test", {"x": 110, "y": 150})):
+        plain_folder(f"d/{split}", shades, n=32)
+    eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-fraction", "1", "--tune-epochs", "60"])
+    assert values("finetune")["100%_train_top1"] == 100 and values("finetune")["100%_top1"] == 0
+
+
+@pytest.mark.parametrize("fraction, rates", [(0.01, (1e-4, 0.05)), (0.1, (0.01, 1.0)), (1.0, (0.01, 0.05))])
+def test_finetuning_has_the_papers_rates_of_backbone_and_classifier_and_ends_at_zero(fraction, rates, monkeypatch):
+    make_run()
+    plain_folder("d/train", {"x": 150, "y": 110}, n=64)
+    plain_folder("d/test", {"x": 150, "y": 110}, n=4)
+    opts, real = [], torch.optim.SGD
+    class Recorded(real):
+        def __init__(self, groups, **kw):
+            super().__init__(groups, **kw)
+            self.seen, self.sizes = [], [sum(p.numel() for p in g["params"]) for g in self.param_groups]
+            opts.append(self)
+        def step(self, *a):
+            self.seen.append([g["lr"] for g in self.param_groups])
+            return super().step(*a)
+    monkeypatch.setattr(torch.optim, "SGD", Recorded)
+    job = eval_linear.make_job(eval_linear.parse_args(["r", "--data", "d", "--tune-epochs", "8"]))
+    eval_linear.tune(job, job.train.images, job.train.labels, (job.test.images, job.test.labels), 2, fraction, 1)
+    (opt,) = opts
+    assert opt.sizes[0] > 10000 and opt.sizes[1] == 2 * 64 + 2 and len(opt.seen) == 8
+    assert opt.seen[0] == pytest.approx([r * 128 / 256 for r in rates]) and opt.seen[4] == pytest.approx([r / 4 for r in rates]) and max(opt.seen[-1]) < 0.04 * max(opt.seen[0])
+
+
+def test_the_sweep_of_finetuning_takes_the_factor_that_did_best_on_the_held_out_images(monkeypatch):
+    make_run()
+    plain_folder("d/train", {"x": 150, "y": 110}, n=20)
+    plain_folder("d/test", {"x": 150, "y": 110}, n=4)
+    for best in eval_linear.TUNE_GRID:
+        def tuned(job, images, labels, test, classes, fraction, scale):
+            right = test[1] if scale == best else 1 - test[1]
+            return (F.one_hot(right, 2).float(), test[1]), 0.0
+        monkeypatch.setattr(eval_linear, "tune", tuned)
+        eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-fraction", "1", "--sweep"])
+        assert values("finetune (sweep)")["100%_lr_scale"] == best
 
 
 @pytest.mark.parametrize("n, batch", [(200, 200), (257, 128), (500, 250), (511, 255), (512, 256), (5000, 250)])
@@ -285,8 +370,38 @@ def test_labels_go_with_their_images_whatever_the_order_and_the_bad_files(monkey
         assert set(seen) == {0, 1} and len(seen) == 30
 
 
+def test_sigma_pairs_the_views_of_an_image_and_takes_the_temperature_from_other_tasks(monkeypatch):
+    make_run()
+    folder, given, real = image_folder("d", n=40), [], eval_linear.calibrate_temperature
+    def twins(job, part, count):
+        for t in range(count):
+            x = torch.randn(16, 3, 20, 20, generator=common.rng(t))
+            yield [x, x]
+    monkeypatch.setattr(eval_linear, "task_views", twins)
+    monkeypatch.setattr(eval_linear, "calibrate_temperature", lambda tasks: given.extend(tasks) or real(tasks))
+    eval_linear.main(["r", "--data", folder, "--protocol", "sigma", "--task-size", "16"])
+    assert values("sigma")["representation_accuracy"] == 100
+    job = eval_linear.make_job(eval_linear.parse_args(["r", "--data", folder]))
+    with torch.no_grad():
+        tasks = [job.backbone(torch.cat(views)).unflatten(0, (2, -1)) for views in twins(job, None, 4)]
+    assert len(given) == 2 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(given, tasks[2:]))
+
+
+def test_fewshot_is_judged_on_queries_under_the_right_names(monkeypatch):
+    args = types.SimpleNamespace(shot=[2], way=3, queries=4, episodes=30, seed=1)
+    x, y = torch.randn(60, 5, generator=common.rng(0)), torch.arange(60) % 5
+    x = x + 0.8 * F.one_hot(y, 5)
+    seen = eval_linear.fewshot((x, y), args)
+    support, query = eval_linear.few_shot_episodes(y, 3, 2, 4, 30, 1)
+    x = F.normalize(x, dim=1)
+    centroid = [[(x[q] - x[s].mean(1)).norm(dim=1).argmin().item() == c for c, row in enumerate(qs) for q in row] for s, qs in zip(support, query)]
+    assert seen["3way_2shot_centroid"] == pytest.approx(100 * sum(map(sum, centroid)) / 360, abs=1e-3)
+    logistic = eval_linear.logistic_regression(x[support], x[query])[0]
+    assert seen["3way_2shot_logistic"] == pytest.approx(logistic.mean().item(), abs=1e-3) and seen["3way_2shot_logistic"] != seen["3way_2shot_centroid"]
+
+
 # ---- adaptation, conflict -------------------------------------------------------------------------------------------
-def test_adaptation_gains_on_its_task_and_compares_two_runs():
+def test_adaptation_descends_on_its_task_and_compares_two_runs(capsys):
     for name, seed in (("r", 0), ("q", 1)):
         make_run(name, seed=seed)
     folder = image_folder("d", n=40)
@@ -297,6 +412,10 @@ def test_adaptation_gains_on_its_task_and_compares_two_runs():
     eval_linear.main(["r", "--data", folder, "--protocol", "adaptation", "--task-size", "16", "--overlay", "q"])
     found = values("adaptation")
     assert found["r_q"] == pytest.approx(values("adaptation", "q")["after"] / found["after"], rel=1e-3) and found["after"] != found["before"]
+    assert found["loss_after"] < found["loss_before"] - 1e-4                                    # it descends
+    capsys.readouterr()
+    eval_linear.main(["r", "--data", folder, "--protocol", "adaptation", "--task-size", "16", "--inner-lr", "30"])
+    assert "--inner-lr 30 is too long" in capsys.readouterr().out and values("adaptation")["loss_after"] > found["loss_before"]
 
 
 def test_conflict_is_one_of_equal_halves(monkeypatch):
