@@ -25,7 +25,7 @@ every visible token, between encoder and decoder, as a sparse combination of fac
 Controls: `--baseline --masks 4` MAE at equal masks | `--inner-lr 0` no inner loop | `--calibrate none` plain first-order MAML | `--baseline`
 with more `--epochs` MAE at equal passes.
 
-Result (results/README.md): at CPU scale TC2 trains and cannot be told from MAE, at equal images or equal passes; not run at ImageNet scale.
+Result (results/README.md): at CPU scale TC2 trains, does not beat MAE at equal images and is behind it at equal passes; not run at ImageNet scale.
 Deviations from the paper: those of simclr_tc2.py (V orthonormal by QR, skip path in f_w, first order, means), which README.md explains; and
 (1) tokens, that of the class too, are calibrated one by one, not the image's vector: the reconstruction has to pass through z_hat; (2) L_sse is MAE's mean, the sum
 over masked pixels divided by their number; (3) on 8 x 8 patches the frequencies of the positions end at 1 / 30, not 1e-4.
