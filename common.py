@@ -45,7 +45,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def idle_cores():
+def cores_per_process():
     """Cores for each process that torchrun starts on this machine, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -70,7 +70,7 @@ def base_parser(description, recipes, archs):
     flag("--weight-decay", number(float, 0), "0 = none")
     flag("--warmup-epochs", number(float, 0), "linear warm-up, then cosine to 0; 0 = none")
     flag("--workers", number(int, 0), "decoding processes per process, for images above 96 px (default: this process's share of the cores, up to 16)",
-         default=idle_cores())
+         default=cores_per_process())
     flag("--seed", number(int, 0), "seed of weights, data order and augmentation (default: 0)", default=0)
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
                    help="bfloat16 autocast around forward passes; losses stay float32 (default: where the GPU has it)")
@@ -193,8 +193,8 @@ def average_gradients(params):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batch of all processes, of inputs (n, C, ...), with statistics that autograd follows from process to process: on a CPU too, and
-    twice, neither of which torch's own does. A pass within `batch_stats_only`, such as a task's own, keeps to the statistics of its batch."""
+    """BatchNorm over the batch of all processes, of inputs (n, C, ...), with statistics that autograd follows from process to process, on a CPU too
+    (torch's own needs a GPU). A pass within `batch_stats_only`, such as a task's own, keeps to the statistics of its batch."""
     def _check_input_dim(self, x):
         pass
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from common import (SMALL, ClassFolders, Data, Parser, batch_stats_only, class_hash, effective_rank, embedding_std, extract_features, fail, idle_cores, knn_accuracy, load_data,
+from common import (SMALL, ClassFolders, Data, Parser, batch_stats_only, class_hash, cores_per_process, effective_rank, embedding_std, extract_features, fail, knn_accuracy, load_data,
                     load_torch, lr_scale, make_backbone, number, read_classes, rng, save, save_text, set_lr, setup_distributed, training_views)
 from simclr_tc2 import AUGMENTATION, gradient_conflict, info_nce
 
@@ -541,7 +541,7 @@ def parse_args(argv=None):
     flag("--inner-lr", number(float, 0), "adaptation: alpha of the one step (default: 0.01)", default=0.01)
     p.add_argument("--sweep", action="store_true", help="linear, finetune: choose learning rate and weight decay on held-out training images, print the grid")
     p.add_argument("--overlay", nargs="+", default=[], metavar="RUN", help="spectrum, conflict: draw these runs too; adaptation: the ratio r to them")
-    flag("--workers", number(int, 0), "decoding processes for images above 96 px", default=idle_cores())
+    flag("--workers", number(int, 0), "decoding processes for images above 96 px", default=cores_per_process())
     flag("--seed", number(int, 0), "initial weights and order of classifiers, episodes, tasks (default: 0)", default=0)
     return p.parse_args(argv)
 

@@ -177,10 +177,10 @@ def conflict_figure(path):
             with open(f"{run}/log.jsonl") as file:
                 curves.append([(r["step"], r[f"conflict_cos_{key}"]) for r in map(json.loads, file) if f"conflict_cos_{key}" in r])
         steps, values = [step for step, _ in curves[0]], list(zip(*([v for _, v in curve] for curve in curves)))
-        axis.plot(steps, [statistics.mean(v) for v in values], style, label=f"{name}, {'z' if key == 'raw' else 'calibrated z'}")
+        axis.plot(steps, [statistics.mean(v) for v in values], style, label=f"{name}, {'z' if key == 'raw' else 'calibrated z'} ({len(curves)} seeds)")
         axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=style[0], alpha=0.07)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="step", ylabel="mean cosine between the tasks' gradients", title=f"task conflict, {len(curves)} seeds")
+    axis.set(xlabel="step", ylabel="mean cosine between the tasks' gradients", title="task conflict: mean and range over the seeds")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

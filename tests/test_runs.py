@@ -957,6 +957,28 @@ def test_tables_over_seeds_hold_the_means_and_spreads_of_the_logs():
     assert checked >= len(runs) + 15
 
 
+@pytest.mark.parametrize("script, folder", [("cifar10_seeds", "cifar10_seeds/seed1"), ("cifar10_cpu", "cifar10_cpu"), ("cifar10_cpu_gessl", "cifar10_cpu_gessl"),
+                                            ("cifar10_cpu_sparsehead", "cifar10_cpu_sparsehead"), ("cifar10_cpu_mae", "cifar10_cpu_mae")])
+def test_the_published_scripts_run_the_commands_of_the_published_logs(script, folder):
+    os.makedirs("bin")
+    os.makedirs(".data/cifar10/test")
+    for i in range(1002):
+        os.makedirs(os.path.dirname(path := f".data/cifar10/train/a/{i:04d}.jpg"), exist_ok=True)
+        open(path, "w").close()
+    with open("bin/python", "w") as file:
+        file.write('#!/bin/sh\necho "$@"\n')
+    os.chmod("bin/python", 0o755)
+    out = subprocess.run(["bash", f"{ROOT}/results/{script}.sh", ".data/cifar10", "runs", *(["1"] if "seed" in script else [])], capture_output=True, text=True, check=True,
+                         env={**os.environ, "PATH": f"{os.getcwd()}/bin:{os.environ['PATH']}"}).stdout.splitlines()
+    kept = glob.glob(f"{ROOT}/results/{folder}/*/log.jsonl")
+    assert len(kept) >= 5
+    for log in kept:
+        argv = " ".join(rows(os.path.dirname(log))[0]["argv"])
+        assert argv in out or argv in [line.replace(" --lambda-sparse 10", "") for line in out], log           # the default of `prox` when its row was made
+    if script == "cifar10_seeds":
+        assert sorted(os.listdir("runs/subset/train/a")) == [f"{i:04d}.jpg" for i in range(1000)] and os.path.isdir("runs/subset/test")
+
+
 def test_accuracies_on_the_first_screen_are_those_of_the_results_page():
     screen, page = source("README.md").split("## Start")[0], source("results/README.md")
     quoted, there = re.findall(r"\d+\.\d", screen), {f"{float(x):.1f}" for x in re.findall(r"\d+\.\d+", page)}
