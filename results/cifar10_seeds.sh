@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # Every row of results/README.md's tables over seeds, from the repository's root. DATA: CIFAR-10 as class folders train/ and test/ of 32x32 images, of
-# which OUT/subset links the first 1,000 training images of each class, by name, and every test image.
+# which OUT/subset links the first 1,000 training images of each class, by name, and every test image. The rows seen_* train on 2,000 images of each of
+# five classes (OUT/seen) and are evaluated on the five others (OUT/unseen).
 # Usage: results/cifar10_seeds.sh DATA OUT SEED [ROW ...]
 set -euo pipefail
 data=$(realpath "$1") out=$2 seed=$3
 shift 3
-if [ ! -e "$out/subset/test" ]; then
-  for class in "$data"/train/*/; do
-    mkdir -p "$out/subset/train/$(basename "$class")"
-    files=("$class"*)
-    ln -s -f -t "$out/subset/train/$(basename "$class")" "${files[@]:0:1000}"
+link() {        # NAME IMAGES CLASS ...
+  for class in "${@:3}"; do
+    for split in train test; do
+      mkdir -p "$out/$1/$split/$class"
+      files=("$data/$split/$class"/*)
+      ln -s -f -t "$out/$1/$split/$class" "${files[@]:0:$2}"
+    done
   done
-  ln -s "$data/test" "$out/subset/test"
+}
+if [ ! -e "$out/unseen/test/truck" ]; then
+  link subset 1000 airplane automobile bird cat deer dog frog horse ship truck
+  link seen 2000 airplane bird deer frog ship
+  link unseen 1000 automobile cat dog horse truck
 fi
 common="--data $out/subset --seed $seed --lr 2e-3 --eval-every 100 --log-every 39"
 simclr="simclr_tc2.py $common --arch resnet_tiny --batch-size 128 --warmup-epochs 0.5 --temperature 0.2 --eval-every 1"
@@ -62,9 +69,12 @@ declare -A rows=(
   [mae_tc2]="$mae_tc2"
   [mae_tc2_no_calibration]="$mae_tc2 --calibrate none"
   [mae_tc2_inner_lr_1]="$mae_tc2 --inner-lr 1"
+  [seen_simclr_4views]="$simclr --baseline --views 4 --epochs 4 --data $out/seen"
+  [seen_simclr_4views_equal_passes]="$simclr --baseline --views 4 --epochs 8 --data $out/seen"
+  [seen_tc2]="$simclr --epochs 4 --data $out/seen"
 )
 [ $# -gt 0 ] || set -- "${!rows[@]}"
 for name; do
   python ${rows[$name]} --out "$out/seed$seed/$name"
-  python eval_linear.py "$out/seed$seed/$name" --protocol linear knn $(case $name in barlow* | plain* | rownorm* | prox*) echo spectrum ;; esac)
+  python eval_linear.py "$out/seed$seed/$name" --protocol linear knn $(case $name in barlow* | plain* | rownorm* | prox*) echo spectrum ;; seen*) echo --data "$out/unseen" ;; esac)
 done
