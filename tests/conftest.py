@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import sys
 
@@ -6,6 +7,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+multiprocessing.set_forkserver_preload(["torchvision"])             # imported once for all processes that tests start
 torch.set_num_threads(1)         # tiny networks; and threads that fight over busy cores wait for each other
 
 

@@ -406,7 +406,7 @@ def worker(rank, folder):
 def ranks(tmp_path_factory):
     """What every process of one run of WORLD processes found."""
     folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=WORLD)  # the children inherit sys.path
+    torch.multiprocessing.start_processes(worker, (str(folder),), nprocs=WORLD, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 

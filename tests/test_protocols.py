@@ -59,7 +59,8 @@ def stops(argv, capsys):
 
 
 @each_script
-def test_every_protocol_on_a_run_with_picture(script, capsys):
+def test_every_protocol_on_a_run_with_picture(script, capsys, monkeypatch):
+    monkeypatch.setattr(eval_linear, "MAX_TASKS", 6)
     script.main(ENHANCED[script] + ["--out", "r", "--max-steps", "1"])
     with open("r/backbone.pt", "rb") as file:
         before = file.read()
