@@ -50,6 +50,7 @@ declare -A rows=(
   [gessl]="$gessl 3"
   [gessl_kl_only]="$gessl 3 --ssl-weight 0"
   [gessl_lambda_1]="$gessl 1"
+  [gessl_lambda_5]="$gessl 5"
   [gessl_lambda_10]="$gessl 10"
   [gessl_alpha_0.005]="$gessl 3 --inner-lr 0.005"
   [lookahead]="$gessl 3 --lookahead"

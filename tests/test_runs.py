@@ -1,4 +1,5 @@
 """What a run does as a program: its files, resume, processes, bad input, and the promises the README makes about the sources."""
+import contextlib
 import copy
 import functools
 import glob
@@ -22,6 +23,9 @@ import torch
 import torch.multiprocessing as mp
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.io import write_jpeg, write_png
 from torchvision.transforms.v2 import functional as TF
 
@@ -489,6 +493,57 @@ def test_three_processes_equal_one_on_the_joined_batch(tmp_path):
         for k, v in one.items():
             torch.testing.assert_close(results[0][k], v, rtol=1e-9, atol=1e-11, msg=lambda m: f"{script.__name__} {extra} {k}: {m}")
             assert all(torch.equal(results[0][k], r[k]) for r in results[1:]), f"{script.__name__} {extra}: processes drift apart in {k}"
+
+
+@functools.cache
+def pretended_device():
+    """A device without hardware: its tensors have shapes and no values, so that asking for a value, or mixing devices, is an error."""
+    from torch.utils import backend_registration
+    if torch.cuda.is_available() or not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("there is a GPU, or this torch cannot pretend one")
+    backend_registration._setup_privateuseone_for_python_backend("pretended")
+    return torch.device("pretended", 0)
+
+
+class Crossings(TorchDispatchMode):
+    """Notes every operation on both the host's and the pretended device's tensors, numbers aside: on a GPU it waits."""
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if len({t.device.type for t in tree_leaves((args, kwargs, out)) if torch.is_tensor(t) and (t.ndim or t.device.type != "cpu")}) > 1:
+            self.found.append(str(func))
+        return out
+
+
+FEW = "--tasks 2 --target-steps 1 --inner-steps 1 --hypergrad"
+ON_A_GPU = [(simclr_tc2, e.split()) for e in ("--baseline", "--baseline --micro-batch 5", "--tasks 2", "--tasks 2 --second-order --calibrate mix --query-loss nce")]
+ON_A_GPU += [(byol_gessl, e.split()) for e in ("--baseline", *(f"{FEW} {kind}" for kind in ("fd", "neumann", "cg --outer-loss wasserstein")))]
+ON_A_GPU += [(barlow_sparsehead, []), (barlow_sparsehead, ["--penalty", "prox"]), (mae_tc2, ["--baseline"]), (mae_tc2, ["--tasks", "2", "--masks", "2"])]
+
+
+@pytest.mark.parametrize("script, extra", ON_A_GPU, ids=lambda x: " ".join(x) if isinstance(x, list) else x.__name__)
+def test_a_step_on_an_accelerator_waits_for_no_value_and_mixes_no_devices(script, extra, monkeypatch):
+    device, args, crossings = pretended_device(), args_for(script, extra), Crossings()
+    monkeypatch.setattr(torch, "autocast", lambda *a, **kw: contextlib.nullcontext())
+    monkeypatch.setattr(script, "to_device", lambda x, device: torch.empty_like(x, device=device), raising=False)         # pinned, the one allowed crossing
+    nets = script.build_nets(args)[0]
+    with FakeTensorMode(), crossings:
+        like = lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)
+        for module in nets.modules():
+            module._parameters.update({k: nn.Parameter(like(p), p.requires_grad) for k, p in module._parameters.items() if p is not None})
+            module._buffers.update({k: like(b) for k, b in module._buffers.items() if b is not None})
+        opts = script.build_opts(nets, args)
+        terms = script.train_step(nets, opts, [torch.randn(16, 3, 8, 8, device=device) for _ in range(args.views)], args, 0.5)
+        assert all(v.device == device and v.ndim == 0 for v in terms.values())
+        with pytest.raises(DataDependentOutputException):
+            terms["loss_query" if "loss_query" in terms else "loss_ssl"].item()
+        assert crossings.found == ["aten.empty_like.default"] * (script is mae_tc2)                 # its masks, by `to_device`
+        crossings.found.clear()
+        like(torch.ones(3))[torch.zeros(2, dtype=torch.long)]
+    assert crossings.found == ["aten.index.Tensor"]
 
 
 @pytest.mark.parametrize("size", [2, 5, 31])
