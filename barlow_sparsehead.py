@@ -16,7 +16,7 @@ does nothing here, since the loss does not see the scale of that weight; the fil
   C                   c                            (m, m)         cross-correlation over the batch of all processes
 
   python barlow_sparsehead.py                                   drawn shapes, a minute on a laptop
-  python barlow_sparsehead.py --data /imagenet100               one GPU; plain Barlow Twins with --baseline
+  python barlow_sparsehead.py --data /imagenet100               one GPU of 120 GB (of 80: two); plain with --baseline
   torchrun --nproc-per-node 8 barlow_sparsehead.py --data /imagenet100
 
 Controls: `--baseline` no penalty | `--penalty plain` the paper's, lambda = 1e-4 | `--penalty plain --lambda-sparse 1` shrinks W 64-fold, and

@@ -2,9 +2,9 @@
 
 Read a script first and come here only for the how. No method's recipe lives in this file, nothing here calls back into a
 script, and importing it has no side effect. Every random draw is a function of a key, see `rng`: no generator state is ever
-saved, and a resumed run equals an uninterrupted one.
+saved, and a resumed run equals an uninterrupted one: on a CPU to the bit, on a GPU up to the order of its sums.
 """
-import argparse, contextlib, functools, hashlib, json, math, os, platform, signal, sys, time
+import argparse, contextlib, datetime, functools, hashlib, json, math, os, platform, signal, sys, time
 from collections import namedtuple
 
 import torch
@@ -142,10 +142,12 @@ def setup_distributed():
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            fail(f"--nproc-per-node: process {local} of this machine has no GPU, there are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if world > 1:       # gloo beside nccl: what the processes agree about on the host must not wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))     # the others wait for evaluations
     return rank, world, device
 
 
@@ -711,6 +713,7 @@ def open_run(args, nets, opts, rank, **facts):
     if args.sync_bn:
         sync_batch_norms(nets)
     if args.compile:
+        torch._dynamo.config.recompile_limit = 16                               # views, tasks, parts and evaluations differ in shape
         nets["backbone"].compile()
     settings, step, rows = vars(args), 0, []
     if os.path.exists(last):
@@ -819,7 +822,9 @@ def graceful_stop():
         return seen[0]
     try:
         yield agreed
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):         # as cuBLAS and cuDNN say it
+            raise
         fail(f"GPU memory ran out ({str(error).split('. ')[0]}): lower --batch-size, --image-size, or the number of views, masks, tasks or inner steps; use --bf16")
     finally:
         for s, handler in before.items():

@@ -103,21 +103,22 @@ def check_args(args, data, world):
 # ---- patches and masks ----------------------------------------------------------------------------------------------
 def patchify(x, p):
     """(n, 3, H, W) -> (n, L, 3 p p): patches row by row, each in the order (channel, y, x). [MAE Section 3]"""
-    return F.unfold(x, p, stride=p).transpose(1, 2)
+    return F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)
 
 
 def unpatchify(patches, p, size):
     """Inverse of `patchify`: (n, L, 3 p p) -> (n, 3, size, size)."""
-    return F.fold(patches.transpose(1, 2), size, p, stride=p)
+    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (size // p, -1)), p)
 
 
 def visible_patches(patches, mask_ratio):
     return round(patches * (1 - mask_ratio))
 
 
-def random_masks(m, n, patches, generator):
-    """order (m, n, L): a random permutation of the L patches for each mask of each image, the first ones are the visible ones. [MAE Section 3]"""
-    return torch.rand(m, n, patches, generator=generator).argsort(-1)
+def random_masks(m, n, patches, generator, share=slice(None)):
+    """order (m, n, L): a random permutation of the L patches for each mask of each image, the first ones are the visible ones; of the images
+    `share` alone. [MAE Section 3]"""
+    return torch.rand(m, n, patches, generator=generator)[:, share].argsort(-1)
 
 
 def sincos_positions(dim, side, base=1e4):
@@ -398,8 +399,8 @@ def participation(S):
 def draw_masks(args, n, progress, device):
     """order (m, n, L) for this process's n images: drawn for the joined batch, a function of seed and step. [TC2 "masked", MAE Section 3]"""
     total, first = n * world_size(), n * (dist.get_rank() if dist.is_initialized() else 0)
-    order = random_masks(args.masks, total, (args.image_size // args.patch_size) ** 2, rng(args.seed, "masks", progress))
-    return to_device(order[:, first:first + n], device)
+    patches, share = (args.image_size // args.patch_size) ** 2, slice(first, first + n)
+    return to_device(random_masks(args.masks, total, patches, rng(args.seed, "masks", progress), share), device)
 
 
 def mae_step(nets, opts, x, order, visible, args):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every row of results/README.md's tables over seeds, from the repository's root. DATA: CIFAR-10 as class folders train/ and test/ of 32x32 images, of
 # which OUT/subset links the first 1,000 training images of each class, by name, and every test image. The rows seen_* train on 2,000 images of each of
-# five classes (OUT/seen) and are evaluated on the five others (OUT/unseen).
+# five classes (OUT/seen) and are evaluated on these and on the five others (OUT/unseen).
 # Usage: results/cifar10_seeds.sh DATA OUT SEED [ROW ...]
 set -euo pipefail
 data=$(realpath "$1") out=$2 seed=$3
@@ -77,5 +77,6 @@ declare -A rows=(
 [ $# -gt 0 ] || set -- "${!rows[@]}"
 for name; do
   python ${rows[$name]} --out "$out/seed$seed/$name"
-  python eval_linear.py "$out/seed$seed/$name" --protocol linear knn $(case $name in barlow* | plain* | rownorm* | prox*) echo spectrum ;; seen*) echo --data "$out/unseen" ;; esac)
+  python eval_linear.py "$out/seed$seed/$name" --protocol linear knn $(case $name in barlow* | plain* | rownorm* | prox*) echo spectrum ;; esac)
+  case $name in seen*) python eval_linear.py "$out/seed$seed/$name" --data "$out/unseen" --protocol linear knn ;; esac
 done

@@ -20,14 +20,16 @@ PROTOCOLS += [(DOMAINS, "linear", f"top1_{d}") for d in ("photo", "gray", "edges
 
 SEEDS = {"SimCLR and TC2": ["simclr_2views", "simclr_4views", "simclr_4views_equal_passes", "simclr_t", "tc2", "tc2_inner0", "tc2_no_calibration", "tc2_mix", "tc2_half_factors",
                             "tc2_lambda_s_0.01", "tc2_lambda_s_1", "tc2_2tasks", "tc2_8tasks", "tc2_nce", "tc2_literal"],
-         "BYOL and GeSSL": ["byol", "byol_large_batch", "byol_equal_passes", "byol_large_batch_equal_passes", "gessl", "gessl_kl_only", "gessl_lambda_1", "gessl_lambda_10",
-                            "gessl_alpha_0.005", "lookahead", "gessl_first_order", "gessl_exact", "gessl_neumann", "gessl_cg"],
+         "BYOL and GeSSL": ["byol", "byol_large_batch", "byol_equal_passes", "byol_large_batch_equal_passes", "gessl", "gessl_kl_only", "gessl_lambda_1", "gessl_lambda_5",
+                            "gessl_lambda_10", "gessl_alpha_0.005", "lookahead", "gessl_first_order", "gessl_exact", "gessl_neumann", "gessl_cg"],
          "Barlow Twins and SparseHead": ["barlow", "plain", "plain_strong", "rownorm", "prox", "prox_strong"],
-         "MAE and TC2": ["mae", "mae_2masks", "mae_equal_passes", "mae_tc2", "mae_tc2_no_calibration", "mae_tc2_inner_lr_1"]}
+         "MAE and TC2": ["mae", "mae_2masks", "mae_equal_passes", "mae_tc2", "mae_tc2_no_calibration", "mae_tc2_inner_lr_1"],
+         "Unseen classes": ["seen_simclr_4views", "seen_simclr_4views_equal_passes", "seen_tc2"]}
 PAIRS = [("tc2", "simclr_2views"), ("tc2", "simclr_4views"), ("tc2", "simclr_4views_equal_passes"), ("simclr_t", "simclr_4views"), ("tc2_inner0", "tc2"), ("tc2_no_calibration", "tc2"),
          ("gessl", "byol"), ("gessl", "byol_large_batch"), ("gessl", "byol_equal_passes"), ("gessl", "byol_large_batch_equal_passes"), ("lookahead", "gessl"), ("gessl_kl_only", "gessl"),
          ("plain", "barlow"), ("rownorm", "barlow"), ("prox", "barlow"), ("prox_strong", "barlow"),
-         ("mae_tc2", "mae"), ("mae_tc2", "mae_2masks"), ("mae_tc2", "mae_equal_passes"), ("mae_tc2_no_calibration", "mae_tc2")]
+         ("mae_tc2", "mae"), ("mae_tc2", "mae_2masks"), ("mae_tc2", "mae_equal_passes"), ("mae_tc2_no_calibration", "mae_tc2"),
+         ("seen_tc2", "seen_simclr_4views"), ("seen_tc2", "seen_simclr_4views_equal_passes")]
 PAIRS += [(name, method) for method in ("tc2", "gessl", "mae_tc2") for names in SEEDS.values() for name in names          # variants against their method
           if name.startswith(f"{method}_") and (name, method) not in PAIRS]
 T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}                   # 97.5 % quantile of Student's t for n seeds
@@ -39,6 +41,11 @@ def read(folder):
     with open(f"{folder}/log.jsonl") as file:
         log = [json.loads(line) for line in file]
     return log[0]["settings"], [r for r in log if "lr" in r], [r for r in log if "rank_h" in r][-1], values(folder)
+
+
+def judged_on(settings):
+    """The data of the linear probe: the run's own, but for the rows of unseen classes."""
+    return settings["data"].replace("/seen", "/unseen")
 
 
 def values(folder):
@@ -66,7 +73,7 @@ def row(folder):
     """(thousands of images seen, thousands of passes, the cells of the table)."""
     s, steps, last, found = read(folder)
     images = steps[-1]["step"] * s["batch_size"] * (s["tasks"] if s.get("script") == "byol_gessl" and not s["baseline"] else 1) / 1e3
-    accuracy = [f"{found[s['data'], p, m]:.2f}" for p, m in ACCURACIES]
+    accuracy = [f"{found[judged_on(s), p, m]:.2f}" for p, m in ACCURACIES]
     end, passes = steps[-1], images * cost(s)
     if s.get("script") == "barlow_sparsehead":
         rest = [f"{100 * end['live_columns']:.1f}", f"{100 * end['zero_columns']:.1f}", f"{end['l21_normalized']:.3f}", f"{end['frobenius']:.2f}",
@@ -81,26 +88,32 @@ def seeds(name):
     return {int(os.path.basename(os.path.dirname(run)).removeprefix("seed")): run for run in glob.glob(f"{HERE}/cifar10_seeds/seed*/{name}")}
 
 
-def accuracies(folder):
+def accuracies(folder, own=False):
+    """Of the linear probe and both k-NN, on the data of `judged_on` or on the run's own."""
     s, _, _, found = read(folder)
-    return [found[s["data"], p, m] for p, m in ACCURACIES]
+    return [found[s["data"] if own else judged_on(s), p, m] for p, m in ACCURACIES]
+
+
+def images_per_s(folder):
+    return statistics.median(r["images_per_s"] for r in read(folder)[1])
 
 
 def seed_line(name):
-    """The row's name, number of seeds, images, passes, accuracies as mean ± standard deviation over the seeds, means of the other columns."""
-    runs = [row(run) for run in seeds(name).values()]
-    head = [f"{images:.0f} | {'' if passes != passes else f'{passes:.0f}'}" for images, passes, _ in runs[:1]]
+    """The row's name, number of seeds, images, passes, minutes of training of the seed that was disturbed least, accuracies as mean ± standard deviation
+    over the seeds, means of the other columns."""
+    runs, rate = [row(run) for run in seeds(name).values()], max(map(images_per_s, seeds(name).values()))
+    head = [f"{images:.0f} | {'' if passes != passes else f'{passes:.0f}'} | {1e3 * images / rate / 60:.1f}" for images, passes, _ in runs[:1]]
     accuracy = [spread(c) for c in zip(*map(accuracies, seeds(name).values()))]
     digits = (1, 1, 3, 2, 1, 1) if len(runs[0][2]) == 10 else (3, 0) if name.startswith("mae") else (2, 0)
     rest = [f"{statistics.mean(c):.{n}f}" for n, c in zip(digits, zip(*(map(float, cells[-len(digits):]) for *_, cells in runs)))]
     return f"| `{name}` | " + " | ".join([str(len(runs)), *head, *accuracy, *rest]) + " |"
 
 
-def paired_line(a, b):
+def paired_line(a, b, own=False):
     """Mean difference a - b over the seeds that both have, ± half of its 95 % interval (of a single seed, none)."""
     first, second = seeds(a), seeds(b)
     both = sorted(set(first) & set(second))
-    differences = zip(*([x - y for x, y in zip(accuracies(first[k]), accuracies(second[k]))] for k in both))
+    differences = zip(*([x - y for x, y in zip(accuracies(first[k], own), accuracies(second[k], own))] for k in both))
     return f"| `{a}` - `{b}` | {len(both)} | " + " | ".join(f"{statistics.mean(d):+.1f}" + (f" ± {T[len(d)] * statistics.stdev(d) / len(d) ** 0.5:.1f}" if len(d) > 1 else "") for d in differences) + " |"
 
 
@@ -123,6 +136,7 @@ def seed_tables():
     tables = {title: [seed_line(name) for name in names if seeds(name)] for title, names in SEEDS.items()}
     tables["Differences"] = [paired_line(a, b) for a, b in PAIRS if set(seeds(a)) & set(seeds(b))]
     rows = [name for names in SEEDS.values() for name in names]
+    tables["Seen classes"] = [*more_lines(ACCURACIES, SEEDS["Unseen classes"]), *(paired_line(a, b, own=True) for a, b in PAIRS if a.startswith("seen"))]
     tables["Fine-tuning"] = [*more_lines([("finetune", "1%_top1"), ("finetune", "10%_top1"), ("finetune", "10%_train_top1"), ("linear", "top1")], rows)]
     tables["Adaptation and distances"] = [*more_lines([("adaptation", m) for m in ("loss_before", "loss_after", "before", "after")]
                                                       + [("distance-ratio", m) for m in ("representation", "embedding", "embedding_std")], rows)]
@@ -149,7 +163,8 @@ def compute_figure(path):
     """Linear accuracy against passes, one panel per method, without the variants of its settings: mean and range over the seeds."""
     variant = re.compile("lambda|alpha|inner_lr|factors|[28]tasks|mix|nce|literal|exact|neumann|cg")
     figure, axes = draw(2, 2, figsize=(13, 10))
-    for axis, (title, names) in zip(axes.flat, SEEDS.items()):
+    for axis, title in zip(axes.flat, [title for title in SEEDS if " and " in title]):
+        names = SEEDS[title]
         points = []
         for name in (n for n in names if seeds(n) and not variant.search(n)):
             values, baseline = [accuracies(run)[0] for run in seeds(name).values()], read([*seeds(name).values()][0])[0]["baseline"]
@@ -192,7 +207,7 @@ def hypergradient_figure(path):
     for name, label in (("gessl_first_order", "first order"), ("gessl", "finite difference"), ("gessl_exact", "exact"), ("gessl_neumann", "Neumann"), ("gessl_cg", "conjugate gradients"),
                         ("lookahead", "lookahead")):
         if runs := [*seeds(name).values()]:
-            times, values = [1e3 / statistics.median(r["images_per_s"] for r in read(run)[1]) for run in runs], [accuracies(run)[0] for run in runs]
+            times, values = [1e3 / images_per_s(run) for run in runs], [accuracies(run)[0] for run in runs]
             axis.plot([statistics.mean(times)] * 2, [min(values), max(values)], color="gray", linewidth=1)
             axis.plot(statistics.mean(times), statistics.mean(values), "s", label=label)
     axis.set(xlabel="milliseconds per image, one CPU core", ylabel="linear top-1 (%)", title="hypergradients: cost against accuracy")

@@ -80,7 +80,7 @@ def prepared(script, extra):
     common.resolve(args, script.RECIPES, data, "x")
     per_step = script.check_args(args, data, 1)
     torch.manual_seed(0)
-    nets = script.build_nets(args)[0].to(device)
+    nets = script.build_nets(args)[0].to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     return args, nets, script.build_opts(nets, args), [torch.randn(per_step, 3, args.image_size, args.image_size, device=device) for _ in range(args.views)]
 
 
@@ -126,13 +126,13 @@ def tc2_passes(args, nets, views):
 def gessl_passes(args, nets, views):
     """Per task: K + lambda inner gradients, one of the KL, one per finite difference, and two passes without gradient (target, z')."""
     online = torch.nn.Sequential(nets["backbone"], nets["projector"], nets["predictor"])
-    params = list(online.parameters())
+    params, embed = list(online.parameters()), lambda x: byol_gessl.embed(online, x, args)
     def passes():
         for x in map(torch.cat, zip(*(v.chunk(1 if args.baseline else args.tasks) for v in views))):
             with torch.no_grad():
-                z_target = nets["target"](x)
-                0 if args.baseline else online(x)
-            ssl = lambda: byol_gessl.byol_loss(online(x), z_target)
+                z_target = byol_gessl.embed(nets["target"], x, args)
+                0 if args.baseline else embed(x)
+            ssl = lambda: byol_gessl.byol_loss(embed(x), z_target)
             K, exact = args.inner_steps, args.hypergrad == "exact" and not args.lookahead
             for _ in range(1 if args.baseline else args.target_steps + K * (args.hypergrad == "fd" and not args.lookahead) + K * (not exact)):
                 torch.autograd.grad(ssl(), params)
@@ -140,7 +140,7 @@ def gessl_passes(args, nets, views):
                 g = torch.autograd.grad(ssl(), params, create_graph=True)
                 torch.autograd.grad(sum(t.sum() for t in g), params, materialize_grads=True)
             if not (args.baseline or args.lookahead):
-                logits = byol_gessl.class_logits(online(x), z_target, args.temperature)
+                logits = byol_gessl.class_logits(embed(x), z_target, args.temperature)
                 torch.autograd.grad(byol_gessl.self_motivated_kl(logits.detach() + 0.1, logits), params)
     return passes
 

@@ -2,6 +2,8 @@ import multiprocessing
 import os
 import sys
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")           # equality to the bit is a promise on CPUs; CUDA_VISIBLE_DEVICES=0 tries a GPU
+
 import pytest
 import torch
 

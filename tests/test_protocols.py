@@ -376,7 +376,7 @@ def test_sigma_pairs_the_views_of_an_image_and_takes_the_temperature_from_other_
     folder, given, real = image_folder("d", n=40), [], eval_linear.calibrate_temperature
     def twins(job, part, count):
         for t in range(count):
-            x = torch.randn(16, 3, 20, 20, generator=common.rng(t))
+            x = torch.randn(16, 3, 20, 20, generator=common.rng(t)).to(job.device if job else "cpu")
             yield [x, x]
     monkeypatch.setattr(eval_linear, "task_views", twins)
     monkeypatch.setattr(eval_linear, "calibrate_temperature", lambda tasks: given.extend(tasks) or real(tasks))

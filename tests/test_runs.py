@@ -291,11 +291,11 @@ def test_resume_refuses_other_settings_and_foreign_files(capsys):
 def test_a_run_of_another_device_is_not_resumed(monkeypatch, capsys):
     simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "1"])
     saved = torch.load("r/last.pt")
-    saved["settings"]["device"] = "cuda"
+    saved["settings"]["device"] = "elsewhere"
     torch.save(saved, "r/last.pt")
     with pytest.raises(SystemExit):
         simclr_tc2.main(QUICK + ["--out", "r", "--max-steps", "2"])
-    assert "device cuda -> cpu" in capsys.readouterr().err
+    assert "device elsewhere -> " in capsys.readouterr().err
 
 
 def test_workers_by_default_share_the_cores_of_the_machine(monkeypatch):
@@ -495,18 +495,8 @@ def test_three_processes_equal_one_on_the_joined_batch(tmp_path):
             assert all(torch.equal(results[0][k], r[k]) for r in results[1:]), f"{script.__name__} {extra}: processes drift apart in {k}"
 
 
-@functools.cache
-def pretended_device():
-    """A device without hardware: its tensors have shapes and no values, so that asking for a value, or mixing devices, is an error."""
-    from torch.utils import backend_registration
-    if torch.cuda.is_available() or not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("there is a GPU, or this torch cannot pretend one")
-    backend_registration._setup_privateuseone_for_python_backend("pretended")
-    return torch.device("pretended", 0)
-
-
 class Crossings(TorchDispatchMode):
-    """Notes every operation on both the host's and the pretended device's tensors, numbers aside: on a GPU it waits."""
+    """Notes every operation on tensors of the host and of another device, numbers aside: on a GPU it waits."""
     def __init__(self):
         super().__init__()
         self.found = []
@@ -524,26 +514,34 @@ ON_A_GPU += [(byol_gessl, e.split()) for e in ("--baseline", *(f"{FEW} {kind}" f
 ON_A_GPU += [(barlow_sparsehead, []), (barlow_sparsehead, ["--penalty", "prox"]), (mae_tc2, ["--baseline"]), (mae_tc2, ["--tasks", "2", "--masks", "2"])]
 
 
-@pytest.mark.parametrize("script, extra", ON_A_GPU, ids=lambda x: " ".join(x) if isinstance(x, list) else x.__name__)
-def test_a_step_on_an_accelerator_waits_for_no_value_and_mixes_no_devices(script, extra, monkeypatch):
-    device, args, crossings = pretended_device(), args_for(script, extra), Crossings()
-    monkeypatch.setattr(torch, "autocast", lambda *a, **kw: contextlib.nullcontext())
-    monkeypatch.setattr(script, "to_device", lambda x, device: torch.empty_like(x, device=device), raising=False)         # pinned, the one allowed crossing
-    nets = script.build_nets(args)[0]
-    with FakeTensorMode(), crossings:
-        like = lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)
-        for module in nets.modules():
-            module._parameters.update({k: nn.Parameter(like(p), p.requires_grad) for k, p in module._parameters.items() if p is not None})
-            module._buffers.update({k: like(b) for k, b in module._buffers.items() if b is not None})
-        opts = script.build_opts(nets, args)
-        terms = script.train_step(nets, opts, [torch.randn(16, 3, 8, 8, device=device) for _ in range(args.views)], args, 0.5)
-        assert all(v.device == device and v.ndim == 0 for v in terms.values())
-        with pytest.raises(DataDependentOutputException):
-            terms["loss_query" if "loss_query" in terms else "loss_ssl"].item()
-        assert crossings.found == ["aten.empty_like.default"] * (script is mae_tc2)                 # its masks, by `to_device`
-        crossings.found.clear()
-        like(torch.ones(3))[torch.zeros(2, dtype=torch.long)]
-    assert crossings.found == ["aten.index.Tensor"]
+def steps_on_a_pretended_device(_):
+    """A device without hardware: its tensors have shapes and no values, so that asking for a value, or computing with two devices' tensors, is an error."""
+    torch.utils.backend_registration._setup_privateuseone_for_python_backend("pretended")
+    torch.set_num_threads(1)
+    torch.autocast = lambda *a, **kw: contextlib.nullcontext()
+    device = torch.device("pretended", 0)
+    like = lambda t: torch.empty(t.shape, dtype=t.dtype, device=device)
+    mae_tc2.to_device = lambda x, device: like(x)                               # of masks, from pinned memory: the one allowed crossing
+    for script, extra in ON_A_GPU:
+        args, crossings = args_for(script, extra), Crossings()
+        nets = script.build_nets(args)[0]
+        with FakeTensorMode(), crossings:
+            for module in nets.modules():
+                module._parameters.update({k: nn.Parameter(like(p), p.requires_grad) for k, p in module._parameters.items() if p is not None})
+                module._buffers.update({k: like(b) for k, b in module._buffers.items() if b is not None})
+            terms = script.train_step(nets, script.build_opts(nets, args), [torch.randn(16, 3, 8, 8, device=device) for _ in range(args.views)], args, 0.5)
+            assert all(v.device == device and v.ndim == 0 for v in terms.values()), extra
+            assert not crossings.found, (script, extra, crossings.found)
+            with pytest.raises(DataDependentOutputException):
+                terms.popitem()[1].item()
+            like(torch.ones(3))[torch.zeros(2, dtype=torch.long)]
+        assert crossings.found == ["aten.index.Tensor"]
+
+
+def test_a_step_on_an_accelerator_waits_for_no_value_and_mixes_no_devices():
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch cannot pretend a device")
+    mp.start_processes(steps_on_a_pretended_device, (), nprocs=1, start_method="forkserver")
 
 
 @pytest.mark.parametrize("size", [2, 5, 31])
@@ -588,14 +586,27 @@ def test_evaluation_while_training_holds_no_more_graph_than_a_micro_batched_step
     assert peaks[1] <= 1.2 * peaks[0] and peaks[0] > 1e5
 
 
-def test_gpu_memory_that_runs_out_ends_in_a_sentence_that_names_flags(monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")])
+def test_gpu_memory_that_runs_out_ends_in_a_sentence_that_names_flags(error, monkeypatch, capsys):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        raise error
     monkeypatch.setattr(simclr_tc2, "train_step", full)
     with pytest.raises(SystemExit) as stopped:
         simclr_tc2.main(QUICK + ["--out", "r"])
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1 and "--batch-size" in err and "CUDA out of memory" in err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "--batch-size" in err and str(error) in err
+    error.args = ("a mistake in a script",)
+    with pytest.raises(RuntimeError, match="a mistake"):                        # nothing else is swallowed
+        simclr_tc2.main(QUICK + ["--out", "r"])
+
+
+def test_more_processes_than_gpus_end_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        common.setup_distributed()
+    assert stopped.value.code == 2 and "process 1 of this machine has no GPU, there are 1" in capsys.readouterr().err
 
 
 def test_two_processes_of_torchrun_end_at_ctrl_c_with_one_checkpoint_and_the_same_command_goes_on():
