@@ -69,6 +69,7 @@ declare -A rows=(
   [mae_equal_passes]="$mae --baseline --epochs 15"
   [mae_tc2]="$mae_tc2"
   [mae_tc2_no_calibration]="$mae_tc2 --calibrate none"
+  [mae_tc2_inner_lr_0.1]="$mae_tc2 --inner-lr 0.1"
   [mae_tc2_inner_lr_1]="$mae_tc2 --inner-lr 1"
   [seen_simclr_4views]="$simclr --baseline --views 4 --epochs 4 --data $out/seen"
   [seen_simclr_4views_equal_passes]="$simclr --baseline --views 4 --epochs 8 --data $out/seen"

@@ -23,7 +23,7 @@ SEEDS = {"SimCLR and TC2": ["simclr_2views", "simclr_4views", "simclr_4views_equ
          "BYOL and GeSSL": ["byol", "byol_large_batch", "byol_equal_passes", "byol_large_batch_equal_passes", "gessl", "gessl_kl_only", "gessl_lambda_1", "gessl_lambda_5",
                             "gessl_lambda_10", "gessl_alpha_0.005", "lookahead", "gessl_first_order", "gessl_exact", "gessl_neumann", "gessl_cg"],
          "Barlow Twins and SparseHead": ["barlow", "plain", "plain_strong", "rownorm", "prox", "prox_strong"],
-         "MAE and TC2": ["mae", "mae_2masks", "mae_equal_passes", "mae_tc2", "mae_tc2_no_calibration", "mae_tc2_inner_lr_1"],
+         "MAE and TC2": ["mae", "mae_2masks", "mae_equal_passes", "mae_tc2", "mae_tc2_no_calibration", "mae_tc2_inner_lr_0.1", "mae_tc2_inner_lr_1"],
          "Unseen classes": ["seen_simclr_4views", "seen_simclr_4views_equal_passes", "seen_tc2"]}
 PAIRS = [("tc2", "simclr_2views"), ("tc2", "simclr_4views"), ("tc2", "simclr_4views_equal_passes"), ("simclr_t", "simclr_4views"), ("tc2_inner0", "tc2"), ("tc2_no_calibration", "tc2"),
          ("gessl", "byol"), ("gessl", "byol_large_batch"), ("gessl", "byol_equal_passes"), ("gessl", "byol_large_batch_equal_passes"), ("lookahead", "gessl"), ("gessl_kl_only", "gessl"),
