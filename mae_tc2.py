@@ -433,7 +433,6 @@ def train_step(nets, opts, views, args, progress):
         return mae_step(nets, opts, x, order, visible, args)
     K, m, m_support = args.tasks // world_size(), len(order), len(order) // 2               # line 2: this process's tasks
     images, orders, target = x.chunk(K), order.chunk(K, 1), targets(x, args).chunk(K)
-    frozen = {name: p.detach() for name, p in nets["decoder"].named_parameters()}
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
         t = nets["decoder"].embed(nets["backbone"](x.repeat(m, 1, 1, 1), order.flatten(0, 1)[:, :visible]))
     Z, mean, std = (s.unflatten(0, (m, -1)) for s in token_scale(t.float() if args.bf16 else t))                        # (m, n, 1 + T, d), (m, n, 1 + T, 1)
@@ -444,10 +443,12 @@ def train_step(nets, opts, views, args, progress):
         def error(z_hat, k, rows):                      # through the decoder as it is: only f_v and f_w move in this stage
             t, o = (means[k][rows] + stds[k][rows] * z_hat).flatten(0, 1), orders[k][rows].flatten(0, 1)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-                predicted = functional_call(nets["decoder"], frozen, (t, o), tie_weights=False)
+                predicted = nets["decoder"](t, o)
             return reconstruction_loss(predicted.to(t.dtype), target[k].repeat(len(z_hat), 1, 1), o, visible)
+        nets["decoder"].requires_grad_(False)
         terms |= update_factors(nets["factor_net"], nets["weight_net"], opts["factors"], Z, S, m_support, lambda z, k: error(z, k, slice(None, m_support)),
                                 lambda query, support, k: error(query, k, slice(m_support, None)), K, args.lambda_s)
+        nets["decoder"].requires_grad_(True)
         V = nets["factor_net"](S).detach()
         calibrated = lambda t: calibrated_tokens(t, V, nets["weight_net"])
         z_hat = calibrate(Z, V, nets["weight_net"]).detach()
