@@ -90,7 +90,7 @@ def step(rounds, argv):
     for script, own_passes, flags in ((simclr_tc2, tc2_passes, ("--baseline", "--baseline --views 4", "", "--inner-lr 0", "--second-order")),
                                       (byol_gessl, gessl_passes, ("--baseline", "", "--hypergrad first-order", "--hypergrad exact", "--lookahead")),
                                       (barlow_sparsehead, barlow_passes, ("--baseline", "", "--penalty prox")),
-                                      (mae_tc2, mae_passes, ("--baseline", ""))):
+                                      (mae_tc2, mae_passes, ("--baseline", "", "--batch-size 64 --baseline", "--batch-size 64 --masks 4 --tasks 4"))):
         for extra in flags:
             args, nets, opts, views = prepared(script, [*argv, *extra.split()])
             run = lambda: script.train_step(nets, opts, views, args, 0)
