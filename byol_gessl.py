@@ -23,9 +23,8 @@ Controls: `--baseline` BYOL on mini-batches of N | `--baseline --batch-size MN` 
 the same inner loop without the KL (Eq. 22) | `--hypergrad first-order` no second derivatives | `--ssl-weight 0` Eq. 4 word for word.
 
 Result (results/README.md): at CPU scale GeSSL trains, does not collapse, does not beat BYOL; not run at ImageNet scale.
-Deviations from the paper (evidence in README.md): (1) pi, a "classification head" there, is the softmax over the N anchors of the SSL loss
-itself: a learned head does not train; (2) the outer gradient has the SSL gradient added with --ssl-weight; (3) means over samples
-and tasks; (4) Eqs. 18-21 read for theta as start of the inner loop, as printed they mix gradients and Hessians; (5) AdamW, not SGD.
+Deviations from the paper (evidence in README.md): (1) pi is the softmax over the N anchors of the SSL loss, not a learned head, which does not
+train; (2) the SSL gradient is added, --ssl-weight; (3) means, not sums; (4) Eqs. 18-21 read for the start of the inner loop; (5) AdamW, not SGD.
 """
 import contextlib, copy, math
 
@@ -52,8 +51,7 @@ RECIPES = {     # N and M as in GeSSL's Appendix G.5; the paper states neither b
                   views=2, tasks=8, target_steps=10, inner_lr=0.02, temperature=0.2, ema_decay=0.996, hidden=1024, dim=128),
     "imagenet": dict(arch="resnet50", epochs=200, batch_size=32, lr=1e-3, weight_decay=1e-4, warmup_epochs=10.0, eval_every=10,
                      views=2, tasks=8, target_steps=10, inner_lr=0.02, temperature=0.2, ema_decay=0.999, hidden=4096, dim=256)}
-LIMITS = {"curvature": (1, "alpha ||H v|| / ||v|| above 1: the step of Eq. 2 overshoots, I - alpha H turns the outer gradient around, a Neumann "
-                           "series diverges; lower --inner-lr"),
+LIMITS = {"curvature": (1, "alpha ||H v|| / ||v|| above 1: the step of Eq. 2 overshoots, a Neumann series diverges; lower --inner-lr"),
           "negative_curvature": (0, "conjugate gradients met negative curvature and stopped early; lower --inner-lr")}
 
 

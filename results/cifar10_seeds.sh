@@ -9,6 +9,7 @@ shift 3
 link() {        # NAME IMAGES CLASS ...
   for class in "${@:3}"; do
     for split in train test; do
+      [ ! -L "$out/$1/$split" ] || rm "$out/$1/$split"            # of an earlier version: a link to DATA's own folder, which nothing here may write into
       mkdir -p "$out/$1/$split/$class"
       files=("$data/$split/$class"/*)
       ln -s -f -t "$out/$1/$split/$class" "${files[@]:0:$2}"
