@@ -279,8 +279,9 @@ def curvature_probe(loss_fn, params, iterations=10):
 
 # ---- one iteration --------------------------------------------------------------------------------------------------
 def embed(net, x, args, params=None):
-    """Outputs (rows, d) of the images x (rows, 3, H, W), not in bfloat16, with `params` ({name: tensor}) if given."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+    """Outputs (rows, d) of the images x (rows, 3, H, W), not in bfloat16. A pass with `params` ({name: tensor}), the inner loop's, leaves
+    BatchNorm's running statistics alone: they belong to theta."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16), contextlib.nullcontext() if params is None else batch_stats_only(net):
         out = net(x) if params is None else functional_call(net, params, (x,), tie_weights=False)
     return out.to(torch.promote_types(out.dtype, torch.float32))
 
@@ -291,17 +292,15 @@ def train_step(nets, opts, views, args, progress):
     online = nn.Sequential(nets["backbone"], nets["projector"], nets["predictor"])
     names, theta = zip(*online.named_parameters())
     theta, M = list(theta), 1 if args.baseline else args.tasks // world_size()                  # this process's tasks
-    (outer, ssl), terms = ([torch.zeros_like(p) for p in theta] for _ in range(2)), {}
+    (outer, ssl), terms = ([] if args.baseline else [torch.zeros_like(p) for p in theta] for _ in range(2)), {}
     for x in (torch.cat(task) for task in zip(*(view.chunk(M) for view in views))):             # (2N, 3, H, W), view after view
         with torch.no_grad():
             z_target = embed(nets["target"], x, args)                                           # fixed during the task
-        def forward(params):                        # BatchNorm's running statistics belong to theta: they move in the pass at theta alone
-            with contextlib.nullcontext() if params is theta else batch_stats_only(online):
-                return embed(online, x, args, dict(zip(names, params)))
+        forward = lambda params: embed(online, x, args, None if params is theta else dict(zip(names, params)))
         ssl_loss = lambda p: byol_loss(p, z_target)
         if args.baseline:
             loss = ssl_loss(forward(theta))
-            ssl, found = list(torch.autograd.grad(loss, theta)), {"loss_ssl": loss.detach()}
+            gradient, found = torch.autograd.grad(loss, theta), {"loss_ssl": loss.detach()}
         else:
             task_outer, task_ssl, found = gessl_task(forward, ssl_loss, lambda p: class_logits(p, z_target, args.temperature), theta, args.inner_steps,
                                                      args.target_steps, args.inner_lr, args.hypergrad, args.lookahead, args.outer_loss)
@@ -312,7 +311,8 @@ def train_step(nets, opts, views, args, progress):
     if not args.baseline:
         terms |= {"cos_outer_ssl": dot(outer, ssl) / (nn.utils.get_total_norm(outer) * nn.utils.get_total_norm(ssl)).clamp(min=1e-30),
                   "outer_to_ssl": length_ratio(outer, ssl)}
-    for p, g in zip(theta, torch._foreach_add(outer, ssl, alpha=1 if args.baseline else 0 if args.lookahead else args.ssl_weight)):
+        gradient = torch._foreach_add(outer, ssl, alpha=0 if args.lookahead else args.ssl_weight)
+    for p, g in zip(theta, gradient):
         p.grad = g
     average_gradients(theta)
     opts["encoder"].step()

@@ -119,8 +119,8 @@ def set_lr(opts, scale):
 def ema_update(target, online, decay):
     """target <- decay * target + (1 - decay) * online for parameters; buffers (BatchNorm statistics) are copied."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - decay)
-    for t, o in zip(target.buffers(), online.buffers()):
-        t.copy_(o)
+    if buffers := list(target.buffers()):
+        torch._foreach_copy_(buffers, list(online.buffers()))
 
 
 @contextlib.contextmanager

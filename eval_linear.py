@@ -358,7 +358,7 @@ def tune(job, images, labels, test, classes, fraction, scale):
 
 def finetune(job):
     """{"1%_top1": .., "1%_top5": .., "1%_train_top1": .., "1%_images": ..} for each --label-fraction, or of the images in --label-list."""
-    part, args, found, device = job.train, job.args, {}, job.device
+    part, args, found = job.train, job.args, {}
     classes = int(torch.cat([part.labels, job.test.labels]).max()) + 1
     if args.label_list:
         rows = listed_subset(part.files or fail(f"--label-list: the images of {part.name} are not files"), args.label_list)

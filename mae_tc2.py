@@ -314,13 +314,8 @@ def weight_loss(z, W, V):
     return ((z - W @ V.detach().T).square().sum(-1) + W.abs().sum(-1)).mean()
 
 
-def tc2_loss(z_all, z, W, V, lambda_s):
-    """L_tc2 = L_v + lambda_s L_w. [TC2 Eq. 3]"""
-    return factor_loss(z_all, V) + lambda_s * weight_loss(z, W, V)
-
-
 def update_factors(factor_net, weight_net, opt, Z, S, m_support, ssl_loss, query_loss, tasks, lambda_s):
-    """Stage 1, f_theta fixed: a step of f_v and f_w on the support views, then one on the query views. [TC2 Eqs. 4-5]
+    """Stage 1, f_theta fixed: a step of f_v and f_w on the support views, then one on the query views. [TC2 Eqs. 3-5]
 
     Z (m, N, ..., d) embeddings without graph; S (d + 1, d); ssl_loss(z_hat_support, k) and query_loss(z_hat_query, z_hat_support, k) see
     the calibrated embeddings (views, n, ..., d) of task k. Eq. 5 differentiates at f'_v, not through Eq. 4: two consecutive steps."""
@@ -333,14 +328,13 @@ def update_factors(factor_net, weight_net, opt, Z, S, m_support, ssl_loss, query
             task_loss = ssl_loss(z.requires_grad_(), k) if phase == "support" else query_loss(z.requires_grad_()[m_support:], z[:m_support], k)
             slopes += torch.autograd.grad(task_loss / tasks, z)
             loss = loss + task_loss.detach() / tasks
-        W = W if phase == "support" else W[rows]
+        loss_v, loss_w = factor_loss(Z, V), weight_loss(Z[rows], W if phase == "support" else W[rows], V)
         opt.zero_grad()
-        torch.autograd.backward((z_hat, tc2_loss(Z, Z[rows], W, V, lambda_s)), (torch.cat(slopes, 1), None))
+        torch.autograd.backward((z_hat, loss_v + lambda_s * loss_w), (torch.cat(slopes, 1), None))                  # [TC2 Eq. 3]
         average_gradients([p for group in opt.param_groups for p in group["params"]])
         opt.step()
-        terms[f"loss_factors_{phase}"] = loss                                                   # L^s of Eq. 4, L^q of Eq. 5, without Eq. 3
-    with torch.no_grad():
-        return {**terms, "loss_v": factor_loss(Z, V), "loss_w": weight_loss(Z[rows], W, V)}     # L_v, L_w of Eq. 3 before the query step
+        terms |= {f"loss_factors_{phase}": loss, "loss_v": loss_v.detach(), "loss_w": loss_w.detach()}              # of both Eqs. 4 and 5; the last L_v, L_w
+    return terms
 
 
 def update_encoder(params, support_loss, query_loss, tasks, inner_lr, second_order):
@@ -436,8 +430,7 @@ def train_step(nets, opts, views, args, progress):
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
         t = nets["decoder"].embed(nets["backbone"](x.repeat(m, 1, 1, 1), order.flatten(0, 1)[:, :visible]))
     Z, mean, std = (s.unflatten(0, (m, -1)) for s in token_scale(t.float() if args.bf16 else t))                        # (m, n, 1 + T, d), (m, n, 1 + T, 1)
-    S = batch_summary(Z)
-    terms, calibrated = {"rank_z": participation(S)}, None
+    S, terms, calibrated = batch_summary(Z), {}, None
     if args.calibrate != "none":                                                            # line 4: Eqs. 4-5
         means, stds = mean.chunk(K, 1), std.chunk(K, 1)
         def error(z_hat, k, rows):                      # through the decoder as it is: only f_v and f_w move in this stage
@@ -445,24 +438,20 @@ def train_step(nets, opts, views, args, progress):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
                 predicted = nets["decoder"](t, o)
             return reconstruction_loss(predicted.to(t.dtype), target[k].repeat(len(z_hat), 1, 1), o, visible)
-        nets["decoder"].requires_grad_(False)           # no graph is kept for its weights
         terms |= update_factors(nets["factor_net"], nets["weight_net"], opts["factors"], Z, S, m_support, lambda z, k: error(z, k, slice(None, m_support)),
                                 lambda query, support, k: error(query, k, slice(m_support, None)), K, args.lambda_s)
-        nets["decoder"].requires_grad_(True)
         V = nets["factor_net"](S).detach()
         calibrated = lambda t: calibrated_tokens(t, V, nets["weight_net"])
-        z_hat = calibrate(Z, V, nets["weight_net"]).detach()
-        terms |= {"rank_z_hat": participation(batch_summary(z_hat)), "cos_z_hat": F.cosine_similarity(z_hat, Z, dim=-1).mean()}
     spaces = {"both": [calibrated], "none": [None], "mix": [calibrated, None]}[args.calibrate]
     net = MaskedAutoencoder(nets["backbone"], nets["decoder"])
+    params = dict(net.named_parameters())
     def loss_on(rows):
-        def loss(params, k):
+        def loss(at, k):
             o = orders[k][rows]
             many, wanted, o = images[k].repeat(len(o), 1, 1, 1), target[k].repeat(len(o), 1, 1), o.flatten(0, 1)
-            return sum(reconstruction_loss(functional_call(net, params, (many, o, visible, args, space), tie_weights=False), wanted, o, visible)
-                       for space in spaces) / len(spaces)
+            predict = net if at is params else lambda *inputs: functional_call(net, at, inputs, tie_weights=False)
+            return sum(reconstruction_loss(predict(many, o, visible, args, space), wanted, o, visible) for space in spaces) / len(spaces)
         return loss
-    params = dict(net.named_parameters())
     with sdpa_kernel(SDPBackend.MATH) if args.second_order else contextlib.nullcontext():   # the fast kernels have no second derivative
         grads, encoder_terms = update_encoder(params, loss_on(slice(None, m_support)), loss_on(slice(m_support, None)), K, args.inner_lr, args.second_order)
     for name in params:                                                                     # line 5: Eqs. 6-7
@@ -474,16 +463,22 @@ def train_step(nets, opts, views, args, progress):
 
 @torch.no_grad()
 def diagnose(nets, views, args):
-    """Draws reconstructions.png: original, masked, reconstruction and calibrated reconstruction of eight images; their errors."""
-    x = views[0][:8]
-    order = draw_masks(args, len(x), -1, x.device)[0]
-    visible, patches, spaces = visible_patches(order.shape[1], args.mask_ratio), patchify(x, args.patch_size), {"reconstruction": None}
+    """The tokens of the batch under one mask, before and after calibration. Draws reconstructions.png: original, masked, reconstruction and
+    calibrated reconstruction of eight images; their errors."""
+    order = draw_masks(args, len(views[0]), -1, views[0].device)[0]
+    visible, spaces = visible_patches(order.shape[1], args.mask_ratio), {"reconstruction": None}
+    z = token_scale(nets["decoder"].embed(nets["backbone"](views[0], order[:, :visible])))[0]
+    S = batch_summary(z)
+    found = {"rank_z": participation(S)}
     if not args.baseline and args.calibrate != "none":
-        tokens = nets["decoder"].embed(nets["backbone"](views[0], draw_masks(args, len(views[0]), -1, x.device)[0][:, :visible]))
-        V = nets["factor_net"](batch_summary(token_scale(tokens)[0]))
+        V = nets["factor_net"](S)
+        z_hat = calibrate(z, V, nets["weight_net"])
+        found |= {"rank_z_hat": participation(batch_summary(z_hat)), "cos_z_hat": F.cosine_similarity(z_hat, z, dim=-1).mean()}
         spaces["calibrated"] = lambda t: calibrated_tokens(t, V, nets["weight_net"])
+    x, order = views[0][:8], order[:8]
+    patches = patchify(x, args.patch_size)
     hidden = torch.zeros_like(patches[..., :1]).scatter_(1, order[:, visible:, None], 1)                    # (8, L, 1), 1 where masked
-    rows, found = {"original": patches, "masked": patches * (1 - hidden)}, {}
+    rows = {"original": patches, "masked": patches * (1 - hidden)}
     for name, space in spaces.items():
         predicted = reconstruct(nets["backbone"], nets["decoder"], x, order, visible, args, space)
         found[f"loss_{name}"] = reconstruction_loss(predicted, targets(x, args), order, visible)

@@ -187,13 +187,8 @@ def weight_loss(z, W, V):
     return ((z - W @ V.detach().T).square().sum(-1) + W.abs().sum(-1)).mean()
 
 
-def tc2_loss(z_all, z, W, V, lambda_s):
-    """L_tc2 = L_v + lambda_s L_w. [TC2 Eq. 3]"""
-    return factor_loss(z_all, V) + lambda_s * weight_loss(z, W, V)
-
-
 def update_factors(factor_net, weight_net, opt, Z, S, m_support, ssl_loss, query_loss, tasks, lambda_s):
-    """Stage 1, f_theta fixed: a step of f_v and f_w on the support views, then one on the query views. [TC2 Eqs. 4-5]
+    """Stage 1, f_theta fixed: a step of f_v and f_w on the support views, then one on the query views. [TC2 Eqs. 3-5]
 
     Z (m, N, ..., d) embeddings without graph; S (d + 1, d); ssl_loss(z_hat_support, k) and query_loss(z_hat_query, z_hat_support, k) see
     the calibrated embeddings (views, n, ..., d) of task k. Eq. 5 differentiates at f'_v, not through Eq. 4: two consecutive steps."""
@@ -206,14 +201,13 @@ def update_factors(factor_net, weight_net, opt, Z, S, m_support, ssl_loss, query
             task_loss = ssl_loss(z.requires_grad_(), k) if phase == "support" else query_loss(z.requires_grad_()[m_support:], z[:m_support], k)
             slopes += torch.autograd.grad(task_loss / tasks, z)
             loss = loss + task_loss.detach() / tasks
-        W = W if phase == "support" else W[rows]
+        loss_v, loss_w = factor_loss(Z, V), weight_loss(Z[rows], W if phase == "support" else W[rows], V)
         opt.zero_grad()
-        torch.autograd.backward((z_hat, tc2_loss(Z, Z[rows], W, V, lambda_s)), (torch.cat(slopes, 1), None))
+        torch.autograd.backward((z_hat, loss_v + lambda_s * loss_w), (torch.cat(slopes, 1), None))                  # [TC2 Eq. 3]
         average_gradients([p for group in opt.param_groups for p in group["params"]])
         opt.step()
-        terms[f"loss_factors_{phase}"] = loss                                                   # L^s of Eq. 4, L^q of Eq. 5, without Eq. 3
-    with torch.no_grad():
-        return {**terms, "loss_v": factor_loss(Z, V), "loss_w": weight_loss(Z[rows], W, V)}     # L_v, L_w of Eq. 3 before the query step
+        terms |= {f"loss_factors_{phase}": loss, "loss_v": loss_v.detach(), "loss_w": loss_w.detach()}              # of both Eqs. 4 and 5; the last L_v, L_w
+    return terms
 
 
 def update_encoder(params, support_loss, query_loss, tasks, inner_lr, second_order):

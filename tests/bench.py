@@ -102,7 +102,7 @@ def step(rounds, argv):
 def tc2_passes(args, nets, views):
     encoder, device = torch.nn.Sequential(nets["backbone"], nets["projector"]), views[0].device
     m_support, tasks = args.views // 2, [torch.cat(parts) for parts in zip(*(v.chunk(args.tasks) for v in views))]
-    params, V, S = list(encoder.parameters()), torch.eye(args.dim, device=device), torch.randn(args.dim + 1, args.dim, device=device)
+    params, S = list(encoder.parameters()), torch.randn(args.dim + 1, args.dim, device=device)
     ssl = lambda z: simclr_tc2.info_nce(z, args.temperature)
     error = lambda z: simclr_tc2.query_sse(z[m_support:], simclr_tc2.prototypes(z[:m_support]), args.temperature)
     embed = lambda x, v: simclr_tc2.embed(encoder, x, args).unflatten(0, (v, -1))
@@ -114,7 +114,8 @@ def tc2_passes(args, nets, views):
         for rows, loss in ((Z[:m_support], ssl), (Z, error)):                           # stage 1: f_v and f_w, on support, then on query
             V_now = nets["factor_net"](S)
             W = nets["weight_net"](rows, V_now)
-            (sum(map(loss, (W @ V_now.T).chunk(args.tasks, 1))) + simclr_tc2.tc2_loss(Z, rows, W, V_now, args.lambda_s)).backward()
+            (sum(map(loss, (W @ V_now.T).chunk(args.tasks, 1))) + simclr_tc2.factor_loss(Z, V_now) + args.lambda_s * simclr_tc2.weight_loss(rows, W, V_now)).backward()
+        V = nets["factor_net"](S).detach()
         for task in tasks:                                                              # stage 2
             grads = [torch.zeros(())]
             for rows, v, loss in ((task[:len(task) // 2], m_support, ssl), (task, args.views, error))[not args.inner_lr:]:
@@ -157,12 +158,12 @@ def mae_passes(args, nets, views):
     """m masks without gradient, then per task a support and a query half: through the decoder for f_v and f_w, through all of it for the autoencoder."""
     x, device = views[0], views[0].device
     order = mae_tc2.random_masks(args.masks, len(x), (args.image_size // args.patch_size) ** 2, torch.Generator().manual_seed(0)).to(device)
-    visible, target = mae_tc2.visible_patches(order.shape[2], args.mask_ratio), mae_tc2.targets(x, args)
-    model = [p for name in ("backbone", "decoder") for p in nets[name].parameters()]
-    def loss(predicted, k, rows):
-        return mae_tc2.reconstruction_loss(predicted, target.chunk(K)[k].repeat(len(order[rows]), 1, 1), order[rows].chunk(K, 1)[k].flatten(0, 1), visible)
+    visible, model = mae_tc2.visible_patches(order.shape[2], args.mask_ratio), [p for name in ("backbone", "decoder") for p in nets[name].parameters()]
     K, half = 1 if args.baseline else args.tasks, args.masks // 2
     def passes():
+        target = mae_tc2.targets(x, args)
+        def loss(predicted, k, rows):
+            return mae_tc2.reconstruction_loss(predicted, target.chunk(K)[k].repeat(len(order[rows]), 1, 1), order[rows].chunk(K, 1)[k].flatten(0, 1), visible)
         if args.baseline:
             tokens = nets["decoder"].embed(nets["backbone"](x.repeat(args.masks, 1, 1, 1), order.flatten(0, 1)[:, :visible]))
             return torch.autograd.grad(loss(nets["decoder"](tokens, order.flatten(0, 1)), 0, slice(None)), model)
@@ -173,8 +174,8 @@ def mae_passes(args, nets, views):
             V = nets["factor_net"](S)
             W = nets["weight_net"](tokens[rows], V)
             found = sum(loss(nets["decoder"](z.flatten(0, 1), order[rows].chunk(K, 1)[k].flatten(0, 1)), k, rows) for k, z in enumerate((W @ V.T).chunk(K, 1)))
-            torch.autograd.grad(found + mae_tc2.tc2_loss(tokens, tokens[rows], W, V, args.lambda_s), [*nets["factor_net"].parameters(), *nets["weight_net"].parameters()])
-        V = torch.eye(tokens.shape[-1], device=device)
+            torch.autograd.grad(found + mae_tc2.factor_loss(tokens, V) + args.lambda_s * mae_tc2.weight_loss(tokens[rows], W, V), [*nets["factor_net"].parameters(), *nets["weight_net"].parameters()])
+        V = nets["factor_net"](S).detach()
         for k in range(K):
             for rows in (slice(None, half), slice(half, None))[not args.inner_lr:]:
                 o = order[rows].chunk(K, 1)[k].flatten(0, 1)

@@ -235,7 +235,7 @@ def test_nearest_centroid_equals_a_loop(way, shot, queries):
 
 def newton(support, query):
     """Logits of the minimum of sum CE + 1/2 |W|^2 of one episode, by Newton's method with finite sums written out."""
-    (way, shot, d), one = support.shape, torch.ones(1, dtype=torch.float64)
+    (way, _, d), one = support.shape, torch.ones(1, dtype=torch.float64)
     rows = [(torch.cat([x, one]), c) for c in range(way) for x in support[c].double()]
     W = torch.zeros(way * (d + 1), dtype=torch.float64)
 
