@@ -16,7 +16,7 @@ does nothing here, since the loss does not see the scale of that weight; the fil
   C                   c                            (m, m)         cross-correlation over the batch of all processes
 
   python barlow_sparsehead.py                                   drawn shapes, a minute on a laptop
-  python barlow_sparsehead.py --data /imagenet100               one GPU of 120 GB (of 80: two); plain with --baseline
+  python barlow_sparsehead.py --data /imagenet100               one large GPU, by estimate 120 GB in bf16; plain with --baseline
   torchrun --nproc-per-node 8 barlow_sparsehead.py --data /imagenet100
 
 Controls: `--baseline` no penalty | `--penalty plain` the paper's, lambda = 1e-4 | `--penalty plain --lambda-sparse 1` shrinks W 64-fold, and
@@ -43,7 +43,7 @@ WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0
 STRONG = dict(crop=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=1.0,
               solarize_p=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 AUGMENTATION = {"shapes": [dict(WEAK, gray_p=0.3)], "small": [WEAK], "imagenet": [STRONG, dict(STRONG, blur_p=0.1, solarize_p=0.2)]}      # Barlow Twins Section 2.2
-RECIPES = {     # small: SparseHead's Section 7; imagenet: Barlow Twins' widths, with Adam in place of LARS
+RECIPES = {     # small: lr, epochs, weight decay of SparseHead's Section 7; imagenet: Barlow Twins' widths, with Adam in place of LARS
     "shapes": dict(arch="resnet_tiny", epochs=10, batch_size=64, lr=3e-3, weight_decay=1e-6, warmup_epochs=0.5, eval_every=2,
                    views=2, lambda_offdiag=5e-3, hidden=256, dim=128),
     "small": dict(arch="resnet18", epochs=1000, batch_size=256, lr=3e-3, weight_decay=1e-6, warmup_epochs=10.0, eval_every=20,
@@ -116,14 +116,14 @@ def cross_correlation(z1, z2):
 
 
 def barlow_terms(z1, z2, lambda_offdiag):
-    """(invariance term, redundancy term with its weight) of the loss, scalars."""
+    """(invariance term, redundancy term with its weight) of the loss, scalars. [Barlow Twins Eq. 1]"""
     c = cross_correlation(z1, z2)
     diagonal = c.diagonal()
     return (1 - diagonal).square().sum(), lambda_offdiag * (c.square().sum() - diagonal.square().sum())
 
 
 def barlow_loss(z1, z2, lambda_offdiag):
-    """sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2 for z1, z2 (n, m) -> scalar. [Barlow Twins Eq. 1]"""
+    """sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2 for z1, z2 (n, m) -> scalar, the sum of `barlow_terms`. [Barlow Twins Eq. 1]"""
     return sum(barlow_terms(z1, z2, lambda_offdiag))
 
 
@@ -218,12 +218,12 @@ def main(argv=None):
     start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
-    if data.train_labels is None:
-        log.show(f"{args.data} has no labels: the k-NN monitor is off")
-    elif start == 0:                                                                        # what the run has to beat
-        raw = evaluate(None) if torch.is_tensor(data.train) else {}
-        log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
     with graceful_stop() as asked_to_stop:
+        if data.train_labels is None:
+            log.show(f"{args.data} has no labels: the k-NN monitor is off")
+        elif start == 0:                                                                    # what the run has to beat
+            raw = evaluate(None) if torch.is_tensor(data.train) else {}
+            log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
         batches = training_views(data, augmented, args.image_size, per_step, args.seed, rank, world, device, args.workers, start, stop)
         for step, views in enumerate(batches, start + 1):                                   # step = steps done after this one
             set_lr(opts, lr_scale(step - 1, total, args.warmup_epochs * per_epoch))

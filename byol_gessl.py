@@ -37,7 +37,7 @@ from common import (Log, average_gradients, base_parser, batch_stats_only, class
                     load_data, lr_scale, make_backbone, monitor, number, open_run, resolve, save_run, set_lr, setup_distributed, training_views, world_size)
 
 SCRIPT = "byol_gessl"
-SOLVER_TERMS = 5                # terms of the Neumann series, iterations of conjugate gradients
+SOLVER_TERMS = 5                # highest power of the Neumann series, iterations of conjugate gradients
 FD_LENGTH = 0.03                # length of the finite difference in parameter space; shorter ones are worse in ReLU networks
 WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.1, blur_p=0.0,
             solarize_p=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
@@ -142,7 +142,8 @@ def outer_loss(kind, target_logits, logits):
     if kind == "kl":
         return self_motivated_kl(target_logits, logits)
     target, p = target_logits.detach().softmax(1), logits.softmax(1)
-    return {"ce": lambda: -(target * logits.log_softmax(1)), "mse": lambda: (p - target).square(), "wasserstein": lambda: (p - target).abs() / 2}[kind]().sum(1).mean()
+    by_class = -target * logits.log_softmax(1) if kind == "ce" else (p - target).square() if kind == "mse" else (p - target).abs() / 2
+    return by_class.sum(1).mean()
 
 
 def inner_step(loss_fn, params, inner_lr, create_graph=False):
@@ -214,15 +215,14 @@ def conjugate_gradient(hvp, v, iterations):
 
 
 def hypergradient(mode, loss_fn, outer_fn, trajectory, inner_lr, terms=SOLVER_TERMS, fd_length=FD_LENGTH, inner_grads=None):
-    """d outer_fn(theta_K) / d theta_0 where trajectory = [theta_0, .., theta_K] comes from `inner_step`, as do the K inner_grads (fd takes
+    """[GeSSL Eq. 4] d outer_fn(theta_K) / d theta_0 where trajectory = [theta_0, .., theta_K] comes from `inner_step`, as do the K inner_grads (fd takes
     them anew if they are not given). Returns (list of gradients, curvature, negative): the largest alpha ||H u|| / ||u|| met (0 for exact
     and first-order) and whether cg met negative curvature.
 
     first-order  v = d outer_fn / d theta_K, as if theta_K = theta_0 + constant
     exact        through the graph of the inner steps (they need create_graph): prod_k (I - alpha H(theta_k)) v             [GeSSL Eq. 18]
     fd           the same product, each H v from one more gradient instead of a graph                                       [GeSSL Eq. 21]
-    neumann, cg  (I + K alpha H(theta_K))^{-1} v: theta_K as minimum of loss_fn + ||theta_K - theta_0||^2 / (2 K alpha)    [GeSSL Eqs. 19-20]
-    [GeSSL Eq. 4]"""
+    neumann, cg  (I + K alpha H(theta_K))^{-1} v: theta_K as minimum of loss_fn + ||theta_K - theta_0||^2 / (2 K alpha)    [GeSSL Eqs. 19-20]"""
     end = trajectory[-1]
     v = list(torch.autograd.grad(outer_fn(end), trajectory[0] if mode == "exact" else end, materialize_grads=True))
     zero = torch.zeros((), dtype=v[0].dtype, device=v[0].device)
@@ -258,7 +258,7 @@ def gessl_task(forward, ssl_loss, logits, theta, inner_steps, target_steps, inne
         losses, target_logits = losses + [ssl_loss(outputs)], logits(outputs)
     terms = {"loss_ssl": losses[0], "loss_ssl_inner": losses[inner_steps], "loss_ssl_target": losses[-1]}
     if lookahead:                                                                               # [GeSSL Eq. 22]
-        return torch._foreach_div(torch._foreach_sub([p.detach() for p in theta], params), inner_lr), inner_grads[0], terms
+        return torch._foreach_div(torch._foreach_sub([p.detach() for p in theta], [p.detach() for p in params]), inner_lr), inner_grads[0], terms
     found = {}
     def outer_fn(params):
         found["loss"] = outer_loss(outer, target_logits, logits(forward(params)))
@@ -279,8 +279,7 @@ def curvature_probe(loss_fn, params, iterations=10):
 
 # ---- one iteration --------------------------------------------------------------------------------------------------
 def embed(net, x, args, params=None):
-    """Outputs (rows, d) of the images x (rows, 3, H, W), not in bfloat16. A pass with `params` ({name: tensor}), the inner loop's, leaves
-    BatchNorm's running statistics alone: they belong to theta."""
+    """Outputs (rows, d) of images x (rows, 3, H, W), not in bfloat16. With `params` ({name: tensor}) BatchNorm's running statistics, theta's, stay."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16), contextlib.nullcontext() if params is None else batch_stats_only(net):
         out = net(x) if params is None else functional_call(net, params, (x,), tie_weights=False)
     return out.to(torch.promote_types(out.dtype, torch.float32))
@@ -292,7 +291,8 @@ def train_step(nets, opts, views, args, progress):
     online = nn.Sequential(nets["backbone"], nets["projector"], nets["predictor"])
     names, theta = zip(*online.named_parameters())
     theta, M = list(theta), 1 if args.baseline else args.tasks // world_size()                  # this process's tasks
-    (outer, ssl), terms = ([] if args.baseline else [torch.zeros_like(p) for p in theta] for _ in range(2)), {}
+    zeros = lambda: [] if args.baseline else [torch.zeros_like(p) for p in theta]
+    outer, ssl, terms = zeros(), zeros(), {}
     for x in (torch.cat(task) for task in zip(*(view.chunk(M) for view in views))):             # (2N, 3, H, W), view after view
         with torch.no_grad():
             z_target = embed(nets["target"], x, args)                                           # fixed during the task
@@ -352,12 +352,12 @@ def main(argv=None):
     start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
-    if data.train_labels is None:
-        log.show(f"{args.data} has no labels: the k-NN monitor is off")
-    elif start == 0:                                                                        # what the run has to beat
-        raw = evaluate(None) if torch.is_tensor(data.train) else {}
-        log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
     with graceful_stop() as asked_to_stop:
+        if data.train_labels is None:
+            log.show(f"{args.data} has no labels: the k-NN monitor is off")
+        elif start == 0:                                                                    # what the run has to beat
+            raw = evaluate(None) if torch.is_tensor(data.train) else {}
+            log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
         batches = training_views(data, augmented, args.image_size, per_step, args.seed, rank, world, device, args.workers, start, stop)
         for step, views in enumerate(batches, start + 1):                                   # step = steps done after this one
             set_lr(opts, lr_scale(step - 1, total, args.warmup_epochs * per_epoch))

@@ -36,9 +36,10 @@ def number(kind, low, high=math.inf):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):             # a whole number of 400 digits has no float
+            finite = False
+        if not (finite and low <= value <= high):
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
                                              f"{f'>= {low}' if high == math.inf else f'in [{low}, {high}]'}")
         return value
@@ -449,8 +450,9 @@ class Files(torch.utils.data.Dataset):
                 yield x.to(device, non_blocking=True), index
 
 
-def squares(name, images, size, workers, device, resize=None, batch=512):
+def squares(name, images, size, workers, device, resize=None):
     """Yield (uint8 (n, 3, S, S) on `device`, their n indices) over a tensor or a list of files, in order, nothing random."""
+    batch = 512 if size <= SMALL else 128                       # a ResNet-50 at 224 px needs 10 MB per image
     chunks = [range(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
     if torch.is_tensor(images):
         yield from ((fit(images[c.start:c.stop].to(device), size), c) for c in chunks)

@@ -28,7 +28,8 @@ with more `--epochs` MAE at equal passes.
 Result (results/README.md): at CPU scale TC2 trains, does not beat MAE at equal images and is behind it at equal passes; not run at ImageNet scale.
 Deviations from the paper: those of simclr_tc2.py (V orthonormal by QR, skip path in f_w, first order, means), which README.md explains; and
 (1) tokens, that of the class too, are calibrated one by one, not the image's vector: the reconstruction has to pass through z_hat; (2) L_sse is MAE's mean, the sum
-over masked pixels divided by their number; (3) on 8 x 8 patches the frequencies of the positions end at 1 / 30, not 1e-4.
+over masked pixels divided by their number; (3) on 8 x 8 patches the frequencies of the positions end at 1 / 30, not 1e-4; (4) the
+paper's support set also holds the unmasked image: here it is the target alone, since it has no masked patch to be judged on.
 """
 import argparse, contextlib, os
 
@@ -39,7 +40,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import (Log, all_reduce_sum, average_gradients, base_parser, class_hash, fail, graceful_stop, load_data, lr_scale, monitor, number,
+from common import (Log, all_reduce_sum, average_gradients, base_parser, class_hash, effective_rank, fail, graceful_stop, load_data, lr_scale, monitor, number,
                     open_run, resolve, rng, save_run, set_lr, setup_distributed, to_device, training_views, world_size)
 
 SCRIPT, TC2_LR = "mae_tc2", 3e-3                        # alpha_1 .. alpha_4; the paper states none
@@ -323,14 +324,14 @@ def update_factors(factor_net, weight_net, opt, Z, S, m_support, ssl_loss, query
     for phase, rows in (("support", slice(None, m_support)), ("query", slice(m_support, None))):
         V = factor_net(S)
         W = weight_net(Z if phase == "query" else Z[rows], V)                   # the query error needs support anchors too
-        z_hat, loss, slopes = W @ V.T, 0, []
-        for k, z in enumerate(z_hat.detach().chunk(tasks, dim=1)):              # down to z_hat task by task: one task's graph at a time
+        z_hat, loss, grad_z_hat = W @ V.T, 0, []
+        for k, z in enumerate(z_hat.detach().chunk(tasks, dim=1)):              # the chain rule in two parts: to z_hat task by task, one task's graph at a time,
             task_loss = ssl_loss(z.requires_grad_(), k) if phase == "support" else query_loss(z.requires_grad_()[m_support:], z[:m_support], k)
-            slopes += torch.autograd.grad(task_loss / tasks, z)
+            grad_z_hat += torch.autograd.grad(task_loss / tasks, z)
             loss = loss + task_loss.detach() / tasks
         loss_v, loss_w = factor_loss(Z, V), weight_loss(Z[rows], W if phase == "support" else W[rows], V)
         opt.zero_grad()
-        torch.autograd.backward((z_hat, loss_v + lambda_s * loss_w), (torch.cat(slopes, 1), None))                  # [TC2 Eq. 3]
+        torch.autograd.backward((z_hat, loss_v + lambda_s * loss_w), (torch.cat(grad_z_hat, 1), None))              # then with Eq. 3 to f_v and f_w
         average_gradients([p for group in opt.param_groups for p in group["params"]])
         opt.step()
         terms |= {f"loss_factors_{phase}": loss, "loss_v": loss_v.detach(), "loss_w": loss_w.detach()}              # of both Eqs. 4 and 5; the last L_v, L_w
@@ -351,7 +352,7 @@ def update_encoder(params, support_loss, query_loss, tasks, inner_lr, second_ord
             grads = torch.autograd.grad(loss, theta, create_graph=second_order, materialize_grads=True)
             fast = torch._foreach_add(theta, grads, alpha=-inner_lr)                                                    # [TC2 Eq. 6]
             terms["loss_support"] = terms["loss_support"] + loss.detach() / tasks
-            if k == 0:                                                          # relative length of the inner step: above 0.02 it harms
+            if k == 0:                                                          # relative length of the first task's inner step: above 0.02 it harms
                 terms["inner_step"] = (inner_lr * nn.utils.get_total_norm(grads) / nn.utils.get_total_norm(theta)).detach()
             if not second_order:
                 fast = [p.detach().requires_grad_() for p in fast]
@@ -361,12 +362,6 @@ def update_encoder(params, support_loss, query_loss, tasks, inner_lr, second_ord
         terms["loss_query"] = terms["loss_query"] + loss.detach() / tasks
     return dict(zip(names, total)), terms
 
-
-def gradient_conflict(task_gradients):
-    """(mean cosine, fraction of negative cosines) over the pairs of rows of task_gradients (K, P). [TC2 Fig. 1b/c]"""
-    unit = F.normalize(task_gradients, dim=1)
-    cosine = (unit @ unit.T)[torch.triu_indices(len(unit), len(unit), 1, device=unit.device).unbind()]
-    return cosine.mean(), (cosine < 0).to(cosine.dtype).mean()
 # -- end shared --
 
 
@@ -381,12 +376,6 @@ def calibrated_tokens(t, V, weight_net):
     with torch.autocast(t.device.type, enabled=False):
         z, mean, std = token_scale(t.to(torch.promote_types(t.dtype, torch.float32)))
         return mean + std * calibrate(z, V, weight_net)
-
-
-def participation(S):
-    """(trace C)^2 / ||C||_F^2 of the covariance C in S (d + 1, d), see `batch_summary`: how many directions the tokens use, from 1 to d."""
-    C = S[1:]
-    return C.trace().square() / C.square().sum().clamp(min=1e-30)
 
 
 # ---- one iteration --------------------------------------------------------------------------------------------------
@@ -468,12 +457,11 @@ def diagnose(nets, views, args):
     order = draw_masks(args, len(views[0]), -1, views[0].device)[0]
     visible, spaces = visible_patches(order.shape[1], args.mask_ratio), {"reconstruction": None}
     z = token_scale(nets["decoder"].embed(nets["backbone"](views[0], order[:, :visible])))[0]
-    S = batch_summary(z)
-    found = {"rank_z": participation(S)}
+    found = {"rank_z": effective_rank(z.flatten(0, 1))}
     if not args.baseline and args.calibrate != "none":
-        V = nets["factor_net"](S)
+        V = nets["factor_net"](batch_summary(z))
         z_hat = calibrate(z, V, nets["weight_net"])
-        found |= {"rank_z_hat": participation(batch_summary(z_hat)), "cos_z_hat": F.cosine_similarity(z_hat, z, dim=-1).mean()}
+        found |= {"rank_z_hat": effective_rank(z_hat.flatten(0, 1)), "cos_z_hat": F.cosine_similarity(z_hat, z, dim=-1).mean()}
         spaces["calibrated"] = lambda t: calibrated_tokens(t, V, nets["weight_net"])
     x, order = views[0][:8], order[:8]
     patches = patchify(x, args.patch_size)
@@ -524,12 +512,12 @@ def main(argv=None):
     start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
-    if data.train_labels is None:
-        log.show(f"{args.data} has no labels: the k-NN monitor is off")
-    elif start == 0:                                                                        # what the run has to beat
-        raw = evaluate(None) if torch.is_tensor(data.train) else {}
-        log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
     with graceful_stop() as asked_to_stop:
+        if data.train_labels is None:
+            log.show(f"{args.data} has no labels: the k-NN monitor is off")
+        elif start == 0:                                                                    # what the run has to beat
+            raw = evaluate(None) if torch.is_tensor(data.train) else {}
+            log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
         batches = training_views(data, augmented, args.image_size, per_step, args.seed, rank, world, device, args.workers, start, stop)
         for step, views in enumerate(batches, start + 1):                                   # step = steps done after this one
             set_lr(opts, lr_scale(step - 1, total, args.warmup_epochs * per_epoch))

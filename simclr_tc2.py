@@ -76,8 +76,8 @@ def check_args(args, data, world):
     """The number of images in one step; settings that do not go together end in `fail`."""
     args.views, args.tasks = args.views or (2 if args.baseline else 4), args.tasks or (1 if args.baseline else 4)
     args.factors, args.query_loss = args.factors or args.dim, args.query_loss or ("sse" if args.literal else "brier")
-    if args.batch_size % world or args.batch_size % args.tasks or args.batch_size < 2 * args.tasks:
-        fail(f"--batch-size {args.batch_size}: must be a multiple of --tasks {args.tasks}, at least 2 images each, and of {world} processes")
+    if args.batch_size % world or args.batch_size % args.tasks or args.batch_size < 2 * max(args.tasks, world):
+        fail(f"--batch-size {args.batch_size}: must be a multiple of --tasks {args.tasks} and of {world} processes, at least 2 images each")
     if args.batch_size > len(data.train):
         fail(f"--batch-size {args.batch_size}: there are only {len(data.train)} training images")
     if not args.baseline and args.tasks % world:
@@ -85,7 +85,7 @@ def check_args(args, data, world):
     if not args.baseline and args.views < 4:
         fail(f"--views {args.views}: TC2 needs at least 4, two for support and two for query")
     if args.micro_batch and not args.baseline:
-        fail(f"--micro-batch {args.micro_batch}: goes with --baseline; TC2's steps take one task at a time, more --tasks make them smaller")
+        fail(f"--micro-batch {args.micro_batch}: goes with --baseline; TC2 takes gradients one task at a time, more --tasks make them smaller")
     if args.micro_batch and args.sync_bn:
         fail(f"--micro-batch {args.micro_batch}: cannot go with --sync-bn, BatchNorm sees one part at a time")
     if args.compile and args.second_order and not args.baseline:
@@ -111,7 +111,7 @@ def build_opts(nets, args):
 
 
 def embed(encoder, x, args, params=None):
-    """z (rows, d) of images x (rows, 3, H, W), not in bfloat16, on the sphere of radius sqrt(d), with `params` if given."""
+    """z (rows, d) of images x (rows, 3, H, W), not in bfloat16, of norm sqrt(d) (1 with --literal), with `params` if given."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
         z = encoder(x) if params is None else functional_call(encoder, params, (x,), tie_weights=False)
     z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
@@ -196,14 +196,14 @@ def update_factors(factor_net, weight_net, opt, Z, S, m_support, ssl_loss, query
     for phase, rows in (("support", slice(None, m_support)), ("query", slice(m_support, None))):
         V = factor_net(S)
         W = weight_net(Z if phase == "query" else Z[rows], V)                   # the query error needs support anchors too
-        z_hat, loss, slopes = W @ V.T, 0, []
-        for k, z in enumerate(z_hat.detach().chunk(tasks, dim=1)):              # down to z_hat task by task: one task's graph at a time
+        z_hat, loss, grad_z_hat = W @ V.T, 0, []
+        for k, z in enumerate(z_hat.detach().chunk(tasks, dim=1)):              # the chain rule in two parts: to z_hat task by task, one task's graph at a time,
             task_loss = ssl_loss(z.requires_grad_(), k) if phase == "support" else query_loss(z.requires_grad_()[m_support:], z[:m_support], k)
-            slopes += torch.autograd.grad(task_loss / tasks, z)
+            grad_z_hat += torch.autograd.grad(task_loss / tasks, z)
             loss = loss + task_loss.detach() / tasks
         loss_v, loss_w = factor_loss(Z, V), weight_loss(Z[rows], W if phase == "support" else W[rows], V)
         opt.zero_grad()
-        torch.autograd.backward((z_hat, loss_v + lambda_s * loss_w), (torch.cat(slopes, 1), None))                  # [TC2 Eq. 3]
+        torch.autograd.backward((z_hat, loss_v + lambda_s * loss_w), (torch.cat(grad_z_hat, 1), None))              # then with Eq. 3 to f_v and f_w
         average_gradients([p for group in opt.param_groups for p in group["params"]])
         opt.step()
         terms |= {f"loss_factors_{phase}": loss, "loss_v": loss_v.detach(), "loss_w": loss_w.detach()}              # of both Eqs. 4 and 5; the last L_v, L_w
@@ -224,7 +224,7 @@ def update_encoder(params, support_loss, query_loss, tasks, inner_lr, second_ord
             grads = torch.autograd.grad(loss, theta, create_graph=second_order, materialize_grads=True)
             fast = torch._foreach_add(theta, grads, alpha=-inner_lr)                                                    # [TC2 Eq. 6]
             terms["loss_support"] = terms["loss_support"] + loss.detach() / tasks
-            if k == 0:                                                          # relative length of the inner step: above 0.02 it harms
+            if k == 0:                                                          # relative length of the first task's inner step: above 0.02 it harms
                 terms["inner_step"] = (inner_lr * nn.utils.get_total_norm(grads) / nn.utils.get_total_norm(theta)).detach()
             if not second_order:
                 fast = [p.detach().requires_grad_() for p in fast]
@@ -234,13 +234,14 @@ def update_encoder(params, support_loss, query_loss, tasks, inner_lr, second_ord
         terms["loss_query"] = terms["loss_query"] + loss.detach() / tasks
     return dict(zip(names, total)), terms
 
+# -- end shared --
+
 
 def gradient_conflict(task_gradients):
     """(mean cosine, fraction of negative cosines) over the pairs of rows of task_gradients (K, P). [TC2 Fig. 1b/c]"""
     unit = F.normalize(task_gradients, dim=1)
     cosine = (unit @ unit.T)[torch.triu_indices(len(unit), len(unit), 1, device=unit.device).unbind()]
     return cosine.mean(), (cosine < 0).to(cosine.dtype).mean()
-# -- end shared --
 
 
 def prototypes(z):
@@ -261,20 +262,36 @@ def view_sse(query):
 
 
 # ---- one iteration --------------------------------------------------------------------------------------------------
-def simclr_step(nets, opts, views, args):
-    """SimCLR on the joined batch; with --tasks K the mean over K groups of it. [TC2 "SimCLR + T"] With --micro-batch the loss is differentiated to z first
-    and each part of the batch passes a second time for the rest of the chain rule [Gao et al. 2021, gradient cache]; BatchNorm sees the parts."""
-    encoder = nn.Sequential(nets["backbone"], nets["projector"])
-    parts = torch.cat(views).split(args.micro_batch or len(views) * len(views[0]))
-    with torch.set_grad_enabled(len(parts) == 1):
-        z = torch.cat([embed(encoder, part, args) for part in parts])
-    z = z if z.requires_grad else z.requires_grad_()
-    loss = sum(info_nce(group, args.temperature) for group in gather_batch(z.unflatten(0, (len(views), -1)), 1).chunk(args.tasks, 1)) / args.tasks      # (m, n, d)
-    opts["encoder"].zero_grad()
+def simclr_loss(z, args):
+    """InfoNCE of the joined batch of all processes, z (m, n, d) -> scalar; with --tasks K the mean over K groups of it. [TC2 "SimCLR + T"]"""
+    groups = gather_batch(z, 1).chunk(args.tasks, 1)
+    return sum(info_nce(group, args.temperature) for group in groups) / args.tasks
+
+
+def backward_in_parts(encoder, x, m, args):
+    """(z, loss) with the gradient of the whole batch x (m n, 3, H, W) in the memory of --micro-batch views: the loss is differentiated to z, then
+    each part passes a second time for the rest of the chain rule. BatchNorm sees the parts. [Gao et al. 2021, gradient cache]"""
+    parts = x.split(args.micro_batch)
+    with torch.no_grad():
+        z = torch.cat([embed(encoder, part, args) for part in parts]).requires_grad_()
+    loss = simclr_loss(z.unflatten(0, (m, -1)), args)
     loss.backward()
     with batch_stats_only(encoder):
-        for part, grad in zip(parts, z.grad.split(len(parts[0])) if len(parts) > 1 else ()):
-            embed(encoder, part, args).backward(grad)
+        for part, grad_z in zip(parts, z.grad.split(args.micro_batch)):
+            embed(encoder, part, args).backward(grad_z)
+    return z, loss
+
+
+def simclr_step(nets, opts, views, args):
+    """One step of SimCLR, views as in `train_step`. [SimCLR Algorithm 1]"""
+    encoder, x, m = nn.Sequential(nets["backbone"], nets["projector"]), torch.cat(views), len(views)
+    opts["encoder"].zero_grad()
+    if args.micro_batch and args.micro_batch < len(x):
+        z, loss = backward_in_parts(encoder, x, m, args)
+    else:
+        z = embed(encoder, x, args)
+        loss = simclr_loss(z.unflatten(0, (m, -1)), args)
+        loss.backward()
     average_gradients(encoder.parameters())
     opts["encoder"].step()
     return {"loss_ssl": loss.detach(), "std_z": embedding_std(z[:len(views[0])].detach())}
@@ -286,7 +303,7 @@ def train_step(nets, opts, views, args, progress):
         return simclr_step(nets, opts, views, args)
     encoder, m, m_support = nn.Sequential(nets["backbone"], nets["projector"]), len(views), len(views) // 2
     K = args.tasks // world_size()                                                          # line 2: this process's tasks
-    x = torch.cat([part for task in zip(*(view.chunk(K) for view in views)) for part in task])
+    x = torch.cat([view.chunk(K)[k] for k in range(K) for view in views])
     tasks, n = x.chunk(K), len(x) // (K * m)                                                # line 3: task k is (m n, 3, H, W), view after view
     ssl_loss = lambda z, k: info_nce(z, args.temperature)
     query_loss = {"brier": lambda query, support, k: query_sse(query, prototypes(support), args.temperature),
@@ -363,12 +380,12 @@ def main(argv=None):
     start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), processes=world, steps_per_epoch=per_epoch)
     log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
     evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
-    if data.train_labels is None:
-        log.show(f"{args.data} has no labels: the k-NN monitor is off")
-    elif start == 0:                                                                        # what the run has to beat
-        raw = evaluate(None) if torch.is_tensor(data.train) else {}
-        log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
     with graceful_stop() as asked_to_stop:
+        if data.train_labels is None:
+            log.show(f"{args.data} has no labels: the k-NN monitor is off")
+        elif start == 0:                                                                    # what the run has to beat
+            raw = evaluate(None) if torch.is_tensor(data.train) else {}
+            log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
         batches = training_views(data, augmented, args.image_size, per_step, args.seed, rank, world, device, args.workers, start, stop)
         for step, views in enumerate(batches, start + 1):                                   # step = steps done after this one
             set_lr(opts, lr_scale(step - 1, total, args.warmup_epochs * per_epoch))

@@ -452,6 +452,17 @@ def test_large_images_are_resized_to_eight_sevenths_and_cut_to_the_middle(tmp_pa
     assert kept.tolist() == [0]
 
 
+def test_features_of_large_images_are_taken_in_smaller_batches():
+    """Memory of an evaluation does not follow --batch-size: 128 images of 224 px fit where training does."""
+    for size, expected in ((32, [300]), (112, [128, 128, 44])):
+        seen = []
+        net = nn.Sequential(nn.Flatten())
+        net.register_forward_hook(lambda net, inputs, out: seen.append(len(out)))
+        images = torch.zeros(300, 3, size, size, dtype=torch.uint8)
+        found, kept = common.extract_features(net, images, size, (0.4,) * 3, (0.2,) * 3, 0, torch.device("cpu"))
+        assert seen == expected and kept.tolist() == list(range(300)) and len(found) == 300
+
+
 def test_the_monitor_keeps_labels_with_their_images():
     labels = torch.randint(0, 2, (300,), generator=common.rng(1))
     images = (60 + 120 * labels)[:, None, None, None].expand(300, 3, 8, 8).to(torch.uint8).clone()

@@ -412,6 +412,8 @@ def stepped(script, args, rank, world, n=16, norms=False, dtype=torch.float64):
     for step in range(3):
         views = [torch.randn(n, 3, 8, 8, generator=common.rng(step, v)).to(dtype)[share] for v in range(args.views)]
         terms = script.train_step(nets, opts, views, args, step / 3)
+    held = [k for k, t in [*terms.items(), *((k, p.grad) for k, p in nets.named_parameters() if p.grad is not None)] if t.requires_grad]
+    assert not held, f"{script.__name__}: {held} keep a graph, and its memory, until the next log line"
     loss = terms.get("loss_query", terms["loss_ssl"] if "loss_ssl" in terms else None)
     if world > 1:
         torch.distributed.all_reduce(loss)
@@ -544,6 +546,27 @@ def test_a_step_on_an_accelerator_waits_for_no_value_and_mixes_no_devices():
     mp.start_processes(steps_on_a_pretended_device, (), nprocs=1, start_method="forkserver")
 
 
+@pytest.mark.parametrize("script", [simclr_tc2, mae_tc2])
+def test_a_compiled_backbone_takes_the_same_steps(script, monkeypatch, tmp_path):
+    """But for the code generator, which would take a minute: the graphs are captured and run by PyTorch's own kernels."""
+    capture, done = nn.Module.compile, []
+    monkeypatch.setattr(nn.Module, "compile", lambda net: capture(net, backend=lambda graph, _: done.append(len(graph.graph.nodes)) or graph))
+    found = []
+    for compiled in (False, True):
+        args = args_for(script, ["--tasks", "2", "--out", str(tmp_path / str(compiled)), *["--compile"][:compiled]])
+        torch.manual_seed(0)
+        nets = script.build_nets(args)[0]
+        opts = script.build_opts(nets, args)
+        common.open_run(args, nets, opts, 0)
+        for step in range(2):
+            script.train_step(nets, opts, [torch.randn(16, 3, 8, 8, generator=common.rng(step, v)) for v in range(args.views)], args, step / 3)
+        found.append(nets.state_dict())
+    assert done and found[0].keys() == found[1].keys()
+    for k, v in found[0].items():
+        torch.testing.assert_close(found[1][k], v, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("size", [2, 5, 31])
 @pytest.mark.parametrize("extra", [[], ["--views", "3", "--tasks", "4"]])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(size, extra):
@@ -587,10 +610,11 @@ def test_evaluation_while_training_holds_no_more_graph_than_a_micro_batched_step
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")])
-def test_gpu_memory_that_runs_out_ends_in_a_sentence_that_names_flags(error, monkeypatch, capsys):
+@pytest.mark.parametrize("where", ["train_step", "monitor"])
+def test_gpu_memory_that_runs_out_ends_in_a_sentence_that_names_flags(where, error, monkeypatch, capsys):
     def full(*_):
         raise error
-    monkeypatch.setattr(simclr_tc2, "train_step", full)
+    monkeypatch.setattr(simclr_tc2, where, full)
     with pytest.raises(SystemExit) as stopped:
         simclr_tc2.main(QUICK + ["--out", "r"])
     err = capsys.readouterr().err
@@ -777,7 +801,7 @@ def bad_folders(tmp_path_factory):
 
 BAD_OF = [(simclr_tc2, *case) for case in BAD] + [
     (simclr_tc2, flags.split(), flag, value) for flags, flag, value in (
-        ("--micro-batch 8", "--micro-batch", "8"), ("--baseline --micro-batch 1", "--micro-batch", "'1'"), ("--baseline --micro-batch 8 --sync-bn", "--micro-batch", "--sync-bn"), ("--classes missing --data classes", "--classes", "missing"),
+        ("--micro-batch 8", "--micro-batch", "8"), (f"--seed 1{400 * '0'}", "--seed", "whole number"), ("--baseline --micro-batch 1", "--micro-batch", "'1'"), ("--baseline --micro-batch 8 --sync-bn", "--micro-batch", "--sync-bn"), ("--classes missing --data classes", "--classes", "missing"),
         ("--classes words --data fake", "--classes", "fake"), ("--classes words --data classes", "--classes", "nonsense"), ("--classes words --data broken", "--classes", "broken"))] + [
     (byol_gessl, flags.split(), flag, value) for flags, flag, value in (
         ("--tasks 0", "--tasks", "'0'"), ("--inner-steps 0", "--inner-steps", "'0'"), ("--batch-size 32 --tasks 200", "--batch-size", "6400"), ("--target-steps -1", "--target-steps", "'-1'"),
@@ -813,6 +837,15 @@ def test_bad_input_of_the_evaluation(argv, word, capsys):
         eval_linear.main(argv)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1 and word in err and os.listdir("r") == ["backbone.pt"]
+
+
+@pytest.mark.parametrize("script, flags", [(simclr_tc2, "--baseline"), (simclr_tc2, "--tasks 2"), (byol_gessl, "--baseline"), (barlow_sparsehead, "")])
+def test_one_image_per_process_or_task_has_no_statistics(script, flags, capsys):
+    args, data = script.parse_args([*flags.split(), "--batch-size", "2"]), types.SimpleNamespace(train=range(99))
+    common.resolve(args, script.RECIPES, common.load_data("shapes"), "x")
+    with pytest.raises(SystemExit):
+        script.check_args(args, data, 2)
+    assert "--batch-size 2: " in capsys.readouterr().err
 
 
 def test_every_flag_of_every_script_refuses_nonsense_in_one_sentence(capsys):
