@@ -4,13 +4,15 @@ Read a script first and come here only for the how. No method's recipe lives in 
 script, and importing it has no side effect. Every random draw is a function of a key, see `rng`: no generator state is ever
 saved, and a resumed run equals an uninterrupted one: on a CPU to the bit, on a GPU up to the order of its sums.
 """
-import argparse, contextlib, datetime, functools, hashlib, json, math, os, platform, signal, sys, time
+import argparse, contextlib, datetime, errno, functools, hashlib, json, math, os, platform, signal, sys, time
 from collections import namedtuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -382,13 +384,28 @@ def draw_shapes(n, seed):
 def decode(path):
     """uint8 (3, H, W), upright; OSError where no decoder can read the file."""
     try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"\x89PNG":
+                Image.open(path).verify()                       # of damaged pixels torchvision's decoder dies, and the run with it
         image = torchvision.io.decode_image(path, "RGB", apply_exif_orientation=True)
         return TF.to_dtype(image if image.ndim == 3 else image[0], torch.uint8, scale=True)     # a 16-bit PNG; the first of an animation's frames
-    except (RuntimeError, AttributeError):                      # BMP, TIFF, a wrong suffix, or a torchvision without decoders: Pillow, slower
-        try:
-            return TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(path))
-        except (ValueError, SyntaxError) as error:
-            raise OSError(str(error)) from error
+    except (RuntimeError, AttributeError):                      # BMP, TIFF, a wrong suffix, or a torchvision without decoders
+        return decode_slowly(path)
+    except SyntaxError as error:                                # as Pillow calls a broken PNG
+        raise OSError(str(error)) from error
+
+
+def decode_slowly(path):
+    """As `decode`, by Pillow."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise OSError("neither 8 nor 16 bits per channel")
+            return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:                                  # Pillow raises a dozen types for broken files
+        raise OSError(str(error)) from error
 
 
 def fit(images, size, resize=None):
@@ -496,8 +513,17 @@ class ClassFolders(torchvision.datasets.ImageFolder):
         classes, _ = super().find_classes(directory)
         if missing := sorted(set(self.only or ()) - set(classes)):
             fail(f"--classes: {directory} has no class folder {', '.join(missing[:5])}" + f" and {len(missing) - 5} more" * (len(missing) > 5))
-        classes = [c for c in classes if self.only is None or c in self.only]
+        classes = [c for c in classes if not c.startswith(".") and (self.only is None or c in self.only)]
         return classes, {c: i for i, c in enumerate(classes)}
+
+
+def without_loops(name, files):
+    """`files`, or `fail` where links lead to one folder by two ways: its images would count twice."""
+    real = {}
+    for folder in sorted({os.path.dirname(f) for f in files}):
+        if (other := real.setdefault(os.path.realpath(folder), folder)) != folder:
+            fail(f"--data {name}: {other} and {folder} are the same folder, by a link; its images would count twice")
+    return files
 
 
 def read_classes(path):
@@ -524,7 +550,7 @@ def _list_folder(name, only=None):
         files = sorted(os.path.join(root, f) for root, _, names in os.walk(name, followlinks=True) for f in names)
         if only:
             fail(f"--classes: {name} has no class folders to choose from")
-        return [([f for f in files if f.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)], None), ([], None)], None
+        return [(without_loops(name, [f for f in files if f.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]), None), ([], None)], None
     if not os.path.isdir(train_dir):
         fail(f"--data {name}: has {test_dirs[0]} but no train/ folder")
     if not test_dirs:
@@ -536,7 +562,12 @@ def _list_folder(name, only=None):
     if train.classes != test.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
         fail(f"--data {name}: {train_dir} and {test_dirs[0]} must have the same class folders; only one of them has {odd}")
-    return [([f for f, _ in s.samples], torch.tensor(s.targets)) for s in (train, test)], train.classes
+    return [(without_loops(name, [f for f, _ in s.samples]), torch.tensor(s.targets)) for s in (train, test)], train.classes
+
+
+def one_spelling(name):
+    """What --data names, or "A -> B" of two of them, with folders by their real paths: to compare."""
+    return " -> ".join(os.path.realpath(part) if os.path.isdir(part) else part for part in name.split(" -> "))
 
 
 def load_data(name, image_size=None, workers=0, only=None):
@@ -628,6 +659,8 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, k=5, metric="euclidea
     or "cosine", votes weighted by exp(cos / temperature) (the field's). bank (M, d), queries (N, d), labels int64; a tie goes to the lower class."""
     if metric == "cosine":
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    else:                                                                       # centred: cdist loses the digits that a common offset takes
+        bank, queries = bank - bank.mean(0), queries - bank.mean(0)
     classes, ks = int(bank_labels.max()) + 1, [k] if isinstance(k, int) else k
     correct = torch.zeros(len(ks), device=queries.device)
     size = max(1, min(1024, 2 ** 28 // len(bank)))                              # at most a gigabyte of distances
@@ -672,29 +705,26 @@ def monitor(backbone, data, args, recipe, device):
 
 # ---- checkpoint, log ------------------------------------------------------------------------------------------------
 def save(path, state):
-    """Write beside `path`, then rename: a kill or a full disk never costs the previous file."""
+    """Write beside `path`, a text as it is and anything else by torch.save, then rename: a kill or a full disk never costs the previous file."""
     try:
         with open(path + ".tmp", "wb") as file:
-            torch.save(state, file)
+            file.write(state.encode()) if isinstance(state, str) else torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:                    # torch.save reports a full disk as either
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
         fail(f"cannot write {path} ({str(error).partition(chr(10))[0]}); the previous one, if any, is untouched")
 
 
-def save_text(path, text):
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
-
-
 def save_run(args, step, nets, opts, recipe):
-    """last.pt: everything needed to resume. backbone.pt: what other programs load, see README."""
-    save(f"{args.out}/last.pt", {"step": step, "settings": vars(args), "nets": nets.state_dict(),
-                                 "opts": {k: o.state_dict() for k, o in opts.items()}})
+    """backbone.pt: what other programs load, see README. last.pt: everything needed to resume; it comes second, so that a run killed between
+    the two does its last epoch again."""
     save(f"{args.out}/backbone.pt", {"arch": args.arch, "image_size": args.image_size, "small_images": args.image_size <= SMALL, "mean": recipe["mean"],
                                      "std": recipe["std"], "state_dict": {k: v.cpu() for k, v in nets["backbone"].state_dict().items()}})
+    save(f"{args.out}/last.pt", {"step": step, "settings": vars(args), "nets": nets.state_dict(),
+                                 "opts": {k: o.state_dict() for k, o in opts.items()}})
 
 
 def load_torch(path, flag, keys):
@@ -734,7 +764,7 @@ def open_run(args, nets, opts, rank, **facts):
             os.makedirs(args.out, exist_ok=True)
             header = {"argv": sys.argv, "settings": settings, "torch": torch.__version__, "torchvision": torchvision.__version__,
                       "python": platform.python_version(), "parameters": {k: sum(p.numel() for p in n.parameters()) for k, n in nets.items()}, **facts}
-            save_text(log, "".join(json.dumps(r) + "\n" for r in rows or [header]))      # rows after the checkpoint are written again
+            save(log, "".join(json.dumps(r) + "\n" for r in rows or [header]))      # rows after the checkpoint are written again
         except OSError as error:
             fail(f"--out {args.out}: {error}")
         print("\n".join(f"{k:>16}  {v}" for k, v in {**settings, **facts}.items()))
@@ -828,6 +858,10 @@ def graceful_stop():
         if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):         # as cuBLAS and cuDNN say it
             raise
         fail(f"GPU memory ran out ({str(error).split('. ')[0]}): lower --batch-size, --image-size, or the number of views, masks, tasks or inner steps; use --bf16")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"cannot write {error.filename or 'the log'} ({error}); the last checkpoint is untouched")
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

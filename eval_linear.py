@@ -25,7 +25,7 @@ backbone and data. Test labels are used for the printed number alone; --sweep ch
 Markdown row, and to RUN/eval.json, where rows of other protocols, metrics and data are kept, each with its command, as long as the weights are the same. Whatever the protocol, the backbone and its
 BatchNorm statistics are checked to be bit-identical before and after: fine-tuning and inner steps work on copies.
 """
-import argparse, copy, hashlib, importlib, json, math, os, shlex, sys, time
+import argparse, contextlib, copy, hashlib, importlib, json, math, os, shlex, sys, time
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -35,7 +35,7 @@ from torch import nn
 from torch.func import functional_call
 
 from common import (SMALL, ClassFolders, Data, Parser, batch_stats_only, class_hash, cores_per_process, effective_rank, embedding_std, extract_features, fail, knn_accuracy, load_data,
-                    load_torch, lr_scale, make_backbone, number, read_classes, rng, save, save_text, set_lr, setup_distributed, training_views)
+                    load_torch, lr_scale, make_backbone, number, one_spelling, read_classes, rng, save, set_lr, setup_distributed, training_views, without_loops)
 from simclr_tc2 import AUGMENTATION, gradient_conflict, info_nce
 
 PROBE_LR, PROBE_DECAY = 1e-2, 5e-6
@@ -284,7 +284,7 @@ def adaptation(job):
     if found["loss_after"] > found["loss_before"]:
         print(f"  adaptation: the step raises the loss it descends, --inner-lr {job.args.inner_lr:g} is too long")
     for other in job.args.overlay:
-        wanted = (job.name, "adaptation", "after", settings_of("adaptation", job.args), job.classes, weights_hash(load_run(other)[1]))
+        wanted = (one_spelling(job.name), "adaptation", "after", settings_of("adaptation", job.args), job.classes, weights_hash(load_run(other)[1]))
         rows = [r for r in read_json(os.path.join(other, "eval.json"))["results"] if (*row_key(r), r.get("weights")) == wanted]
         found[f"r_{run_name(other)}"] = rows[0]["value"] / found["after"] if rows else \
             fail(f"--overlay {other}: no adaptation of its present weights on {job.name} with the same settings in its eval.json")
@@ -454,13 +454,13 @@ def spectrum(job):
     found, spectra = {}, {}
     for other in job.args.overlay:
         seen = read_json(os.path.join(other, "spectrum.json"))
-        if [seen.get(k) for k in ("data", "classes", "weights")] != [job.name, job.classes, weights_hash(load_run(other)[1])]:
+        if [one_spelling(seen["data"]), seen.get("classes"), seen.get("weights")] != [one_spelling(job.name), job.classes, weights_hash(load_run(other)[1])]:
             fail(f"--overlay {other}: its spectrum.json is of {seen['data']}, not of {job.name}, of other classes, or of weights that it has no more")
     for name, x in spaces_of(job, features(job, job.test)[0]).items():
         values = eigenvalues(x)
         spectra[name] = values.tolist()
         found |= {f"{name}_rank": effective_rank(x).item(), f"{name}_above_1e-6": (values > 1e-6 * values[0]).sum().item()}
-    save_text(os.path.join(job.args.run, "spectrum.json"), json.dumps({"data": job.name, "classes": job.classes, "weights": job.weights, "eigenvalues": spectra}))
+    save(os.path.join(job.args.run, "spectrum.json"), json.dumps({"data": job.name, "classes": job.classes, "weights": job.weights, "eigenvalues": spectra}))
     plot_spectra([job.args.run, *job.args.overlay], os.path.join(job.args.run, "spectrum.png"))
     return found
 
@@ -509,7 +509,7 @@ def settings_of(protocol, args):
 
 
 def row_key(row):
-    return tuple(row.get(k) for k in ("data", "protocol", "metric", "settings", "classes"))
+    return one_spelling(row["data"]), *(row.get(k) for k in ("protocol", "metric", "settings", "classes"))
 
 
 def weights_hash(state):
@@ -569,16 +569,17 @@ def load_run(folder):
     if not os.path.isfile(path):
         fail(f"RUN {folder}: no backbone.pt in it")
     state = load_torch(path, f"RUN {folder}", ("arch", "image_size", "mean", "std", "state_dict"))
-    if state["arch"].startswith("vit"):
-        mae, width = importlib.import_module("mae_tc2"), state["state_dict"]["patch_embed.weight"].shape[1]
-        backbone = mae.Encoder(state["image_size"], round((width / 3) ** 0.5), *mae.ARCHS[state["arch"]])
-    else:
-        backbone, _ = make_backbone(state["arch"], state["image_size"])
-    backbone.load_state_dict(state["state_dict"])
-    if os.path.isfile(log):
-        with open(log) as file:
-            return backbone, state, json.loads(file.readline())["settings"]
-    return backbone, state, {}
+    try:
+        if state["arch"].startswith("vit"):
+            mae, width = importlib.import_module("mae_tc2"), state["state_dict"]["patch_embed.weight"].shape[1]
+            backbone = mae.Encoder(state["image_size"], round((width / 3) ** 0.5), *mae.ARCHS[state["arch"]])
+        else:
+            backbone, _ = make_backbone(state["arch"], state["image_size"])
+        backbone.load_state_dict(state["state_dict"])
+        with open(log) if os.path.isfile(log) else contextlib.nullcontext() as file:
+            return backbone, state, json.loads(file.readline())["settings"] if file else {}
+    except Exception as error:                          # another program's file: torch, json and Python raise a dozen types
+        fail(f"RUN {folder}: is not a run of this project ({type(error).__name__}: {str(error)[:80].partition(chr(10))[0]})")
 
 
 def load_projector(folder, settings, device):
@@ -606,7 +607,7 @@ def load_part(name, split, size, args, only=None):
             found = ClassFolders(name, read_classes(only))
         except FileNotFoundError as error:
             fail(f"{name}: {str(error).split('. Supp')[0]}")
-        files = [f for f, _ in found.samples]
+        files = without_loops(name, [f for f, _ in found.samples])
         return Part(name, split, files, torch.tensor(found.targets), found.classes, files)
     return parts_of(name, size, args, only)[split == "test"]
 
@@ -674,8 +675,11 @@ def show(run, data, rows):
 
 
 def read_json(path):
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read ({error})")
 
 
 def make_job(args):
@@ -699,7 +703,7 @@ def make_job(args):
     elif args.train_data:
         job.train, job.test = load_part(args.train_data, "train", size, args, args.classes), load_part(args.test_data, "test", size, args, args.classes)
         job.name = f"{args.train_data} -> {args.test_data}"
-        if set(job.train.files or ()) & set(job.test.files or ()):
+        if set(map(os.path.realpath, job.train.files or ())) & set(map(os.path.realpath, job.test.files or ())):
             fail(f"--train-data {args.train_data}, --test-data {args.test_data}: have images in common")
         same_classes(job.train, job.test)
     else:
@@ -713,9 +717,11 @@ def make_job(args):
 def main(argv=None):
     args = parse_args(argv)
     check_args(args)
-    job, rows = make_job(args), []
+    job, rows, path = make_job(args), [], os.path.join(args.run, "eval.json")
+    earlier = [r for r in (read_json(path)["results"] if os.path.isfile(path) else []) if r.get("weights") == job.weights]
     count = lambda part: int((part.labels >= 0).sum())
     images = [sum(map(count, job.domains))] * 2 if job.domains else [count(job.train), count(job.test)]
+    made = {"train_images": images[0], "test_images": images[1], "command": shlex.join(["eval_linear.py", *(sys.argv[1:] if argv is None else argv)])}
     print(f"{args.run} on {job.name}: " + (f"{len(job.domains)} domains, {images[0]} images" if job.domains else f"{images[0]} training and {images[1]} test images")
           + f", classes {job.classes}")
     for protocol in args.protocol:
@@ -727,10 +733,9 @@ def main(argv=None):
         rows[-1]["seconds"] = round(time.perf_counter() - begun, 1)
         if not all(torch.equal(v, job.frozen[k]) for k, v in job.backbone.state_dict().items()):
             raise AssertionError(f"{protocol} has changed the backbone")
+        kept = [r for r in earlier if row_key(r) not in list(map(row_key, rows))]          # written at once: the next protocol may fail
+        save(path, json.dumps({"arch": job.state["arch"], "results": kept + [r | made for r in rows]}, indent=1))
     show(run_name(args.run), job.name, rows)
-    path, made = os.path.join(args.run, "eval.json"), {"train_images": images[0], "test_images": images[1], "command": shlex.join(["eval_linear.py", *(sys.argv[1:] if argv is None else argv)])}
-    kept = [r for r in read_json(path)["results"] if r.get("weights") == job.weights and row_key(r) not in list(map(row_key, rows))] if os.path.isfile(path) else []
-    save_text(path, json.dumps({"arch": job.state["arch"], "results": kept + [r | made for r in rows]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -314,6 +314,7 @@ def test_finetuning_has_the_papers_rates_of_backbone_and_classifier_and_ends_at_
         def __init__(self, groups, **kw):
             super().__init__(groups, **kw)
             self.seen, self.sizes = [], [sum(p.numel() for p in g["params"]) for g in self.param_groups]
+            assert kw == {"momentum": 0.9}
             opts.append(self)
         def step(self, *a):
             self.seen.append([g["lr"] for g in self.param_groups])
@@ -324,6 +325,42 @@ def test_finetuning_has_the_papers_rates_of_backbone_and_classifier_and_ends_at_
     (opt,) = opts
     assert opt.sizes[0] > 10000 and opt.sizes[1] == 2 * 64 + 2 and len(opt.seen) == 8
     assert opt.seen[0] == pytest.approx([r * 128 / 256 for r in rates]) and opt.seen[4] == pytest.approx([r / 4 for r in rates]) and max(opt.seen[-1]) < 0.04 * max(opt.seen[0])
+
+
+def test_finetuning_of_a_vit_warms_up_to_its_rate_and_decays_by_layers(monkeypatch):
+    opts, real = [], torch.optim.AdamW
+    class Recorded(real):
+        def __init__(self, groups, **kw):
+            super().__init__(groups, **kw)
+            self.seen = []
+            opts.append(self)
+        def step(self, *a):
+            self.seen.append(sorted({g["lr"] for g in self.param_groups}))
+            return super().step(*a)
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    backbone, state = mae_tc2.Encoder(20, 4, 96, 2, 3), {"image_size": 20, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    job = types.SimpleNamespace(args=types.SimpleNamespace(seed=0, tune_epochs=30, workers=0), state=state, backbone=backbone, width=96, device=torch.device("cpu"), name="d")
+    images, labels = torch.zeros(8, 3, 20, 20, dtype=torch.uint8), torch.arange(8) % 2
+    eval_linear.tune(job, images, labels, (images, labels), 2, 1.0, 1)
+    tops = [lrs[-1] for lrs in opts[0].seen]                                        # norm and head; the patch embedding has 0.75^3 of it
+    assert len(tops) == 30 and max(tops) == pytest.approx(1e-3) and tops[0] == pytest.approx(1e-3 / 3) and tops[1] < tops[2] and tops[-1] < 0.01 * tops[3]
+    assert all(lrs[0] == pytest.approx(0.75 ** 3 * lrs[-1]) and len(lrs) == 4 for lrs in opts[0].seen)
+    assert {g["weight_decay"] for g in opts[0].param_groups} == {0, 0.05}
+
+
+def test_the_labels_of_finetuning_are_the_same_for_every_seed_and_the_sweep_fits_all_of_them(monkeypatch):
+    make_run()
+    plain_folder("d/train", {"x": 150, "y": 110}, n=40)
+    plain_folder("d/test", {"x": 150, "y": 110}, n=4)
+    taken = []
+    def tuned(job, images, labels, test, classes, fraction, scale):
+        taken.append(images.float().mean((1, 2, 3)).tolist())
+        return (F.one_hot(test[1], 2).float(), test[1]), 0.0
+    monkeypatch.setattr(eval_linear, "tune", tuned)
+    run = lambda *more: (taken.clear(), eval_linear.main(["r", "--data", "d", "--protocol", "finetune", "--label-fraction", "0.25", *more]), list(taken))[2]
+    (one,), (other,), swept = run("--seed", "0"), run("--seed", "1"), run("--sweep")
+    assert one == other and len(one) == 20
+    assert swept[-1] == one and len(swept) == len(eval_linear.TUNE_GRID) + 1 and all(len(s) == 16 for s in swept[:-1])
 
 
 def test_the_sweep_of_finetuning_takes_the_factor_that_did_best_on_the_held_out_images(monkeypatch):
@@ -344,6 +381,7 @@ def test_an_epoch_of_finetuning_sees_nearly_all_labels(n, batch, monkeypatch):
     seen = []
     def views(data, recipes, size, batch_size, seed, rank, world, device, workers, start, stop, labelled):
         seen.append((batch_size, stop))
+        assert [r["flip"] for r in recipes] == [0.5] and recipes[0]["crop"] == (0.2, 1.0)
         return iter(())
     monkeypatch.setattr(eval_linear, "training_views", views)
     monkeypatch.setattr(eval_linear, "extract_features", lambda *args: (torch.zeros(1, 2), torch.tensor([0])))
@@ -459,3 +497,89 @@ def test_detection_recipe_of_the_readme_trains_a_step(monkeypatch):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in body.items() if n.startswith("layer4"))
     assert not torch.equal(body["layer4.2.conv3.weight"], net.layer4[2].conv3.weight) and torch.equal(body["conv1.weight"], net.conv1.weight)     # trained, frozen stem loaded
     torch.testing.assert_close(model.backbone.body.state_dict()["layer2.0.bn1.running_var"], net.state_dict()["layer2.0.bn1.running_var"])
+
+
+# ---- what a stranger's folders and files do -------------------------------------------------------------------------
+@pytest.mark.parametrize("protocol, split", [("linear", "train"), ("fewshot", "test"), ("spectrum", "test"), ("distance-ratio", "test"),
+                                             ("sigma", "test"), ("adaptation", "train"), ("conflict", "train")])
+def test_every_protocol_looks_at_the_images_it_is_said_to(protocol, split, monkeypatch):
+    class Asked(Exception):
+        pass
+    def ask(job, part, *_):
+        raise Asked(part.split)
+    for name in ("features", "task_views"):
+        monkeypatch.setattr(eval_linear, name, ask)
+    make_run()
+    with pytest.raises(Asked, match=split):
+        eval_linear.main(["r", "--data", "fake", "--protocol", protocol, "--task-size", "8"])
+
+
+def test_features_are_taken_anew_when_a_file_or_a_label_has_changed(monkeypatch):
+    make_run(size=112)
+    for split in ("train", "test"):
+        plain_folder(f"d/{split}", {"x": 250, "y": 5}, n=3)
+    took, real = [], eval_linear.extract_features
+    monkeypatch.setattr(eval_linear, "extract_features", lambda *args: took.append(len(args[1])) or real(*args))
+    run = lambda: (eval_linear.main(["r", "--train-data", "d/train", "--test-data", "d/test", "--protocol", "knn", "--k", "1"]), list(took), took.clear())[1]
+    assert run() == [6, 6] and run() == []
+    write_png(torch.full((3, 20, 20), 77, dtype=torch.uint8), "d/train/x/0.png")
+    os.utime("d/train/x/0.png", (1, 1))
+    assert run() == [6]
+
+
+def test_features_are_taken_anew_when_the_same_images_have_other_labels():
+    make_run()
+    for split in ("train", "test"):
+        plain_folder(f"d/{split}", {"x": 250, "y": 5}, n=3)
+    run = lambda: (eval_linear.main(["r", "--data", "d", "--protocol", "knn", "--k", "1"]), values("knn"))[1]
+    before = run()
+    os.rename("d/test/x/2.png", "d/test/y/-.png")             # the last of x becomes the first of y
+    after = run()
+    assert all(abs(before[k] - after[k] - 100 / 6) < 1e-3 for k in before)
+
+
+def test_one_folder_under_two_names_is_one(capsys):
+    make_run()
+    for split in ("train", "test"):
+        plain_folder(f"d/{split}", {"x": 250, "y": 5}, n=6)
+    os.symlink("train", "d/alias")
+    for other in ("./d/train", os.path.abspath("d/train"), "d/alias"):
+        assert "images in common" in stops(["r", "--train-data", "d/train", "--test-data", other], capsys)
+    for name in ("d", "./d", os.path.abspath("d")):
+        eval_linear.main(["r", "--data", name, "--protocol", "knn", "--k", "1"])
+    assert len(results()) == len({(r["protocol"], r["metric"]) for r in results()}) and {r["data"] for r in results()} == {os.path.abspath("d")}
+
+
+def test_a_protocol_that_fails_costs_none_of_those_before_it(capsys):
+    make_run()
+    for split in ("train", "test"):
+        plain_folder(f"d/{split}", {"x": 250, "y": 5}, n=6)
+    stops(["r", "--data", "d", "--protocol", "knn", "fewshot", "--k", "1", "--way", "5"], capsys)
+    assert {r["protocol"] for r in results()} == {"knn"}
+
+
+@pytest.mark.parametrize("spoil", ["arch", "weights", "vit", "log", "eval"])
+def test_a_foreign_run_folder_ends_in_a_sentence(spoil, capsys):
+    make_run()
+    state = torch.load("r/backbone.pt")
+    if spoil in ("log", "eval"):
+        with open({"log": "r/log.jsonl", "eval": "r/eval.json"}[spoil], "w") as file:
+            file.write("{" if spoil == "eval" else "")
+    else:
+        state |= {"arch": {"arch": "resnet34", "weights": "resnet18", "vit": "vit_b_16"}[spoil]}
+        torch.save(state, "r/backbone.pt")
+    assert ("eval.json" if spoil == "eval" else "RUN r") in stops(["r", "--data", "fake", "--protocol", "knn"], capsys)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_folder_linked_into_itself_is_refused_and_hidden_folders_are_no_classes(labelled, capsys):
+    for split in ("train", "test"):
+        plain_folder(f"d/{split}", {"x": 250, "y": 5}, n=3)
+        os.makedirs(f"d/{split}/.ipynb_checkpoints")
+    assert common.load_data("d").classes == ["x", "y"]
+    name = "d" if labelled else "d/train"
+    assert len(common.load_data(name).train) == 6
+    os.symlink("../x", "d/train/x/again")
+    with pytest.raises(SystemExit):
+        common.load_data(name)
+    assert "same folder" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What a run does as a program: its files, resume, processes, bad input, and the promises the README makes about the sources."""
 import contextlib
 import copy
+import errno
 import functools
 import glob
 import hashlib
@@ -328,6 +329,29 @@ def test_resume_survives_a_lost_log():
     assert first["images"] == 512 and state("r")["step"] == 4
 
 
+def test_a_run_killed_between_its_two_files_does_the_epoch_again(monkeypatch):
+    """backbone.pt is written before last.pt: a run that has a last.pt has the backbone.pt of that step, or of a later one."""
+    real, written = common.save, []
+    monkeypatch.setattr(common, "save", lambda path, state: written.append(os.path.basename(path)) or real(path, state))
+    simclr_tc2.main(QUICK + ["--baseline", "--out", "r"])
+    assert [w for w in written if w.endswith(".pt")][:2] == ["backbone.pt", "last.pt"]
+
+
+def test_a_full_disk_ends_a_run_in_a_sentence(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "r/log.jsonl")
+    monkeypatch.setattr(simclr_tc2, "train_step", full)
+    with pytest.raises(SystemExit) as stopped:
+        simclr_tc2.main(QUICK + ["--out", "r"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "r/log.jsonl" in err
+    def lost(*_):
+        raise FileNotFoundError(errno.ENOENT, "No such file")
+    monkeypatch.setattr(simclr_tc2, "train_step", lost)                         # which must not be swallowed
+    with pytest.raises(FileNotFoundError):
+        simclr_tc2.main(QUICK + ["--out", "r"])
+
+
 def test_a_full_disk_costs_neither_the_previous_file_nor_a_traceback(capsys):
     common.save("x.pt", {"a": 1})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -338,7 +362,7 @@ def test_a_full_disk_costs_neither_the_previous_file_nor_a_traceback(capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and "cannot write x.pt" in err and err.count("\n") == 1 and torch.load("x.pt") == {"a": 1}
+    assert stopped.value.code == 2 and "cannot write x.pt" in err and err.count("\n") == 1 and torch.load("x.pt") == {"a": 1} and not os.path.exists("x.pt.tmp")
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(capsys):
@@ -746,6 +770,63 @@ def test_a_strip_of_one_pixel_by_thousands_is_cut_before_it_is_resized():
     write_png(row, "strip.png")
     files = common.Files("d", ["strip.png"], 24, None, 0, 2, simclr_tc2.STRONG)
     assert files[0, 0][0].shape == (2, 3, 24, 24)
+
+
+def test_broken_and_deep_files_of_every_decoder(monkeypatch):
+    """A PNG with one wrong bit kills torchvision's decoder, and the process: Pillow looks first."""
+    from PIL import Image
+    image = torch.randint(0, 255, (3, 40, 30), dtype=torch.uint8, generator=common.rng(0))
+    for i in range(6):
+        write_png(image, "broken.png")
+        with open("broken.png", "r+b") as file:
+            file.seek(100 + 300 * i)
+            byte = file.read(1)[0]
+            file.seek(100 + 300 * i)
+            file.write(bytes([byte ^ 4]))
+        with pytest.raises(OSError):
+            common.decode("broken.png")
+    Image.fromarray(np.full((8, 9), 40000, dtype=np.uint16)).save("deep.tif")
+    Image.fromarray(np.full((8, 9), 0.5, dtype=np.float32)).save("float.tif")
+    assert common.decode("deep.tif").unique().tolist() == [156] and common.decode("deep.tif").shape == (3, 8, 9)
+    with pytest.raises(OSError, match="bits"):
+        common.decode("float.tif")
+    turned = Image.new("RGB", (40, 20), (255, 0, 0))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save("turned.jpg", exif=exif)
+    assert common.decode_slowly("turned.jpg").shape == common.decode("turned.jpg").shape == (3, 40, 20)
+    turned.save("bomb.bmp")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)                          # what Pillow takes for an attack is no OSError of its own
+    with pytest.raises(OSError):
+        common.decode("bomb.bmp")
+
+
+def test_one_bad_file_in_a_hundred_is_left_out_and_no_more(capsys):
+    write_png(torch.zeros(3, 8, 8, dtype=torch.uint8), "good.png")
+    with open("bad0.png", "wb") as file:
+        file.write(b"no")
+    for i in range(1, 4):
+        shutil.copy("bad0.png", f"bad{i}.png")
+    names = lambda bad: [f"bad{i}.png" for i in range(bad)] + ["good.png"] * (300 - bad)
+    assert len(common.decode_all("d", names(3), 8, 0)[0]) == 297
+    with pytest.raises(SystemExit):
+        common.decode_all("d", names(4), 8, 0)
+    assert "over 1% of 300 images" in capsys.readouterr().err
+
+
+def test_crops_of_a_file_change_from_epoch_to_epoch_and_views_have_their_own_recipes():
+    for size in (20, 128):
+        write_png(torch.randint(0, 255, (3, size, size), dtype=torch.uint8, generator=common.rng(0)), "x.png")
+        source = ["x.png"] * 2 if size == 128 else torch.stack([common.decode("x.png")] * 2)
+        recipes = [dict(simclr_tc2.WEAK, jitter_p=0, gray_p=0, mean=(0,) * 3, std=(1,) * 3, solarize_p=p) for p in (0.0, 1.0)]
+        data, device = common.Data("d", source, None, [], None, size), torch.device("cpu")
+        steps = list(common.training_views(data, recipes, size, 2, 0, 0, 1, device, 0, 0, 3))
+        again = list(common.training_views(data, recipes, size, 2, 0, 0, 1, device, 0, 1, 3))
+        for plain, solarized in steps:
+            assert plain.amax() > 0.6 and solarized.amax() <= 0.5
+        first = [views[0].flatten(1) for views in steps]
+        assert min((a[:, None] - b[None]).abs().mean(2).min() for a, b in zip(first, first[1:])) > 0.01
+        assert all(torch.equal(a, b) for one, other in zip(steps[1:], again) for a, b in zip(one, other))
 
 
 def test_exif_turn_gray_and_misnamed_files_are_read():
