@@ -386,12 +386,15 @@ def decode(path):
     try:
         with open(path, "rb") as file:
             if file.read(4) == b"\x89PNG":
-                Image.open(path).verify()                       # of damaged pixels torchvision's decoder dies, and the run with it
+                with Image.open(path) as image:
+                    image.verify()                              # of damaged pixels torchvision's decoder dies, and the run with it
         image = torchvision.io.decode_image(path, "RGB", apply_exif_orientation=True)
         return TF.to_dtype(image if image.ndim == 3 else image[0], torch.uint8, scale=True)     # a 16-bit PNG; the first of an animation's frames
     except (RuntimeError, AttributeError):                      # BMP, TIFF, a wrong suffix, or a torchvision without decoders
         return decode_slowly(path)
-    except SyntaxError as error:                                # as Pillow calls a broken PNG
+    except OSError:
+        raise
+    except Exception as error:                                  # Pillow raises a dozen types for broken files
         raise OSError(str(error)) from error
 
 
@@ -404,7 +407,7 @@ def decode_slowly(path):
             if image.mode in ("I", "F"):
                 raise OSError("neither 8 nor 16 bits per channel")
             return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:                                  # Pillow raises a dozen types for broken files
+    except Exception as error:
         raise OSError(str(error)) from error
 
 
