@@ -325,16 +325,16 @@ def update_factors(factor_net, weight_net, opt, Z, S, m_support, ssl_loss, query
         V = factor_net(S)
         W = weight_net(Z if phase == "query" else Z[rows], V)                   # the query error needs support anchors too
         z_hat, loss, grad_z_hat = W @ V.T, 0, []
-        for k, z in enumerate(z_hat.detach().chunk(tasks, dim=1)):              # the chain rule in two parts: to z_hat task by task, one task's graph at a time,
+        for k, z in enumerate(z_hat.detach().chunk(tasks, dim=1)):              # chain rule, first part: to z_hat, one task's graph at a time
             task_loss = ssl_loss(z.requires_grad_(), k) if phase == "support" else query_loss(z.requires_grad_()[m_support:], z[:m_support], k)
             grad_z_hat += torch.autograd.grad(task_loss / tasks, z)
             loss = loss + task_loss.detach() / tasks
         loss_v, loss_w = factor_loss(Z, V), weight_loss(Z[rows], W if phase == "support" else W[rows], V)
         opt.zero_grad()
-        torch.autograd.backward((z_hat, loss_v + lambda_s * loss_w), (torch.cat(grad_z_hat, 1), None))              # then with Eq. 3 to f_v and f_w
+        torch.autograd.backward((z_hat, loss_v + lambda_s * loss_w), (torch.cat(grad_z_hat, 1), None))              # second part, and [TC2 Eq. 3]: to f_v, f_w
         average_gradients([p for group in opt.param_groups for p in group["params"]])
         opt.step()
-        terms |= {f"loss_factors_{phase}": loss, "loss_v": loss_v.detach(), "loss_w": loss_w.detach()}              # of both Eqs. 4 and 5; the last L_v, L_w
+        terms |= {f"loss_factors_{phase}": loss, "loss_v": loss_v.detach(), "loss_w": loss_w.detach()}              # loss_v, loss_w: those of Eq. 5
     return terms
 
 
