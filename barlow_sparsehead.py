@@ -1,246 +1,439 @@
 """Barlow Twins with SparseHead: one file, read beside the papers.
 
-Barlow Twins makes the cross-correlation of the two views' embeddings the identity: each dimension invariant, no two alike. SparseHead asks
-the last layer of the projection head to use few of its inputs, by an L2,1 penalty on the columns of its weight. The penalty as printed
-does nothing here, since the loss does not see the scale of that weight; the file holds it, the reason, and two forms that do sparsify.
+Barlow Twins makes the cross-correlation of the embeddings of two views the identity: a dimension
+says the same of both views, and no two dimensions say the same. SparseHead asks the last layer of
+the projection head to use few of its inputs, by an L2,1 penalty on the columns of its weight W. As
+printed the penalty does nothing here, since the loss does not see the scale of W: the file holds
+it, the reason, and forms that do remove columns.
 
-  Barlow Twins  Zbontar et al. 2021, arXiv 2103.03230: Eqs. 1-2
-  SparseHead    "Towards the Sparseness of Projection Head in Self-Supervised Learning": Section 6, Eqs. 12-13; Eq. 9 is in eval_linear.py
+  Barlow Twins  Zbontar et al. 2021, arXiv 2103.03230: Eqs. 1-2, Algorithm 1
+  SparseHead    Song et al., "Towards the Sparseness of Projection Head in Self-Supervised
+                Learning": Section 6, Eqs. 12-13
 
-  paper               here                         shape, meaning
-  r = f_theta(x)      r                            (n, d)         representation, from the backbone; what is kept after training
-  z = h_phi(r)        z1, z2                       (n, m)         embeddings of the two views, n = batch / processes
-  W                   projector[-1].weight         (m, H)         last layer of the head, no bias; H = d for --head linear
-  ||W||_{2,1}         l21_norm(W)                  sum of the H column norms: a column is one input feature of the last layer
-  lambda              --lambda-sparse              weight of the penalty (SparseHead), not lambda_offdiag (Barlow Twins)
-  C                   c                            (m, m)         cross-correlation over the batch of all processes
+One step, [Barlow Twins Algorithm 1] with the penalty of [SparseHead Section 6]:
+  r = f_theta(x1, x2);  z1, z2 = h_phi(r)              one pass over both views
+  C = correlation of z1 and z2 over the batch                             Barlow Twins Eq. 2
+  L = sum_i (1 - C_ii)^2 + lambda_o sum_{i != j} C_ij^2                   Barlow Twins Eq. 1
+  theta, phi <- a step of Adam on L + lambda ||W'||_{2,1}                 SparseHead Eqs. 12, 13
+W' is W with rows of unit norm (--penalty rownorm), or W itself (plain).
 
-  python barlow_sparsehead.py                                   drawn shapes, a minute on a laptop
-  python barlow_sparsehead.py --data /imagenet100               one large GPU, by estimate 120 GB in bf16; plain with --baseline
-  torchrun --nproc-per-node 8 barlow_sparsehead.py --data /imagenet100
+  paper           here                  shape, meaning
+  r = f_theta(x)  r                     (2, n, d) representation, what is kept after training
+  z = h_phi(r)    z                     (2, n, m) embedding of both views
+  W               projector[-1].weight  (m, H) last layer of the head, no bias; linear head: H = d
+  ||W||_{2,1}     l21_norm(W)           sum of the norms of the columns; a column is one input
+  lambda          --lambda-sparse       SparseHead's; lambda_o, --lambda-offdiag, is Barlow Twins'
+  C               C                     (m, m) over the batch of all processes
 
-Controls: `--baseline` no penalty | `--penalty plain` the paper's, lambda = 1e-4 | `--penalty plain --lambda-sparse 1` shrinks W 64-fold, and
-no column | `--penalty prox` exact zeros | `--head linear` columns are dimensions of the representation itself.
+  python barlow_sparsehead.py                        drawn shapes, a minute on a laptop
+  python barlow_sparsehead.py --data /imagenet100    one large GPU; plain Barlow Twins: --baseline
+  torchrun --nproc-per-node 8 barlow_sparsehead.py --data /imagenet100      as is, or --sync-bn too
 
-Result (results/README.md): at CPU scale 5 % of the hidden units suffice for the accuracy of the baseline, without a gain; not run at ImageNet scale.
-Deviations from the paper (evidence in README.md): (1) the default penalises the row-normalised weight, sum_j ||W'_:j||, W'_i: = W_i: / ||W_i:||;
-(2) lambda = 0.3 for it, since 1e-4 changes nothing; (3) "sparse" is counted as columns below 1e-3 of the largest, and as exact zeros.
+Controls: `--baseline` no penalty | `--penalty plain` the paper's, lambda = 1e-4 | `--penalty plain
+--lambda-sparse 1` shrinks W and removes no column | `--penalty prox` exact zeros | `--penalty
+bilevel` a W for each batch | `--head linear` columns are dimensions of r | `--head none --baseline`
+z = r, as in the paper's Fig. 1a.
+
+Result (results/sparsehead.md): at CPU scale few columns carry the accuracy of the baseline, without
+a gain; not run at ImageNet scale.
+
+Deviations from the paper (evidence in results/sparsehead.md): (1) the default penalises W with unit
+rows, not W. (2) lambda = 0.3 for it: 1e-4 changes nothing. (3) One W for all batches, trained with
+theta, where Eqs. 12-13 have a W^t for each (--penalty bilevel). (4) Groups are columns, by the
+support in Section 5.2; a smaller "dimensionality of the embedding" (Section 5.3) would need rows.
+(5) No weight decay on W. (6) What "sparse" means is counted: columns below 1e-3 of the largest, and
+exact zeros. (7) Adam at every scale, not LARS.
 """
-import math, os
+import math
+import sys
 
 import torch
 from torch import nn
 
-from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only, class_hash, effective_rank, embedding_std, fail,
-                    graceful_stop, load_data, lr_scale, make_backbone, monitor, number, open_run, resolve, save_run, set_lr, setup_distributed,
-                    training_views, world_size)
+from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only,
+                    check_shared_flags, draw_views, effective_rank, embedding_std, fail,
+                    fill_from_recipe, graceful_stop, load_data, lr_scale, make_backbone, monitor,
+                    number, open_run, run, save_run, set_lr, setup_processes, training_batches,
+                    world_size)
 
 SCRIPT = "barlow_sparsehead"
-LAMBDA_SPARSE = {"rownorm": 0.3, "plain": 1e-4, "prox": 3.0}
-LIVE = 1e-3                     # a column below this share of the largest counts as dead
-WEAK = dict(crop=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.1, blur_p=0.0,
-            solarize_p=0.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-STRONG = dict(crop=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=1.0,
-              solarize_p=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-AUGMENTATION = {"shapes": [dict(WEAK, gray_p=0.3)], "small": [WEAK], "imagenet": [STRONG, dict(STRONG, blur_p=0.1, solarize_p=0.2)]}      # Barlow Twins Section 2.2
-RECIPES = {     # small: lr, epochs, weight decay of SparseHead's Section 7; imagenet: Barlow Twins' widths, with Adam in place of LARS
-    "shapes": dict(arch="resnet_tiny", epochs=10, batch_size=64, lr=3e-3, weight_decay=1e-6, warmup_epochs=0.5, eval_every=2,
-                   views=2, lambda_offdiag=5e-3, hidden=256, dim=128),
-    "small": dict(arch="resnet18", epochs=1000, batch_size=256, lr=3e-3, weight_decay=1e-6, warmup_epochs=10.0, eval_every=20,
-                  views=2, lambda_offdiag=5e-3, hidden=2048, dim=512),
-    "imagenet": dict(arch="resnet50", epochs=1000, batch_size=1024, lr=1e-3, weight_decay=1e-6, warmup_epochs=10.0, eval_every=20,
-                     views=2, lambda_offdiag=5e-3, hidden=8192, dim=8192)}
-LIMITS = {}
+LAMBDA_SPARSE = {"rownorm": 0.3, "prox": 3.0, "plain": 1e-4, "bilevel": 1.0, "none": 0.0}
+LIVE = 1e-3             # a column below this share of the largest counts as dead
+RHO = 0.1               # with --penalty bilevel, how far W follows each W^t
+
+# SparseHead states no augmentation. small: TC2's Appendix IV. imagenet: Barlow Twins Section 2.2,
+# whose two views differ. jitter: brightness, contrast, saturation, hue.
+WEAK = {"crop": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5,
+        "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.1, "blur_p": 0.0,
+        "solarize_p": 0.0, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+GRAYER = {**WEAK, "gray_p": 0.3}
+FIRST = {**WEAK, "crop": (0.08, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1), "gray_p": 0.2,
+         "blur_p": 1.0, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+SECOND = {**FIRST, "blur_p": 0.1, "solarize_p": 0.2}
+AUGMENTATION = {"shapes": [GRAYER, GRAYER], "small": [WEAK, WEAK], "imagenet": [FIRST, SECOND]}
+
+# small: SparseHead's Section 7 for CIFAR; for STL-10 it has --lr 2e-3 --epochs 2000, for Tiny
+# ImageNet --lr 2e-3. imagenet: Barlow Twins' widths and epochs, with Adam in place of LARS.
+RECIPES = {
+    "shapes": {"arch": "resnet_tiny", "epochs": 10, "batch_size": 64, "lr": 3e-3,
+               "weight_decay": 1e-6, "warmup_epochs": 0.5, "eval_every": 2,
+               "hidden": 256, "dim": 128},
+    "small": {"arch": "resnet18", "epochs": 1000, "batch_size": 256, "lr": 3e-3,
+              "weight_decay": 1e-6, "warmup_epochs": 10.0, "eval_every": 20,
+              "hidden": 2048, "dim": 512},
+    "imagenet": {"arch": "resnet50", "epochs": 1000, "batch_size": 1024, "lr": 1e-3,
+                 "weight_decay": 1e-6, "warmup_epochs": 10.0, "eval_every": 20,
+                 "hidden": 8192, "dim": 8192},
+}
+
+# A term above its limit warns once, on the screen and in the log.
+LIMITS = {"rescaling": (0.5, "most of the penalty's gradient rescales rows of W, and the loss does "
+                             "not see the scale of a row of W: the penalty shrinks all of W and "
+                             "removes no column; --penalty rownorm and prox do")}
 
 
-def parse_args(argv=None):
-    p, flag = base_parser(__doc__.split("\n")[0], RECIPES, ("resnet_tiny", "resnet18", "resnet50"))
-    flag("--lambda-offdiag", number(float, 0), "lambda of Barlow Twins, weight of the redundancy term; 0 = off")
-    flag("--head", str, "mlp, two layers with BatchNorm and ReLU, or linear (default: mlp as in the paper)", choices=("mlp", "linear"), default="mlp")
-    flag("--dim", number(int, 2), "m, width of the embedding")
-    flag("--hidden", number(int, 2), "H, width of the hidden layer of the mlp head")
-    flag("--penalty", str, "rownorm, L2,1 of the row-normalised weight; plain, the paper's; prox, exact zeros by a group soft-threshold after each step, "
-         "then rows to unit norm (default: rownorm)", choices=("rownorm", "plain", "prox"), default="rownorm")
-    flag("--lambda-sparse", number(float, 0), "lambda of Eq. 13; prox multiplies it by the learning rate; 0 = off (default: 0.3 rownorm, 3 prox, 1e-4 plain as in "
-         "the paper)")
-    return p.parse_args(argv)
-
-
-def check_args(args, data, world):
-    """The number of images in one step; settings that do not go together end in `fail`."""
-    if args.lambda_sparse is None:
-        args.lambda_sparse = 0.0 if args.baseline else LAMBDA_SPARSE[args.penalty]
-    if args.baseline and args.lambda_sparse:
-        fail(f"--lambda-sparse {args.lambda_sparse}: --baseline has no penalty")
-    if args.batch_size % world or args.batch_size < 2 * world:
-        fail(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes, at least 2 images each")
-    if args.batch_size > len(data.train):
-        fail(f"--batch-size {args.batch_size}: there are only {len(data.train)} training images")
-    if args.penalty == "plain" and not args.baseline and not int(os.environ.get("RANK", 0)):
-        print("--penalty plain: the embeddings are standardised, so that the loss does not see the scale of a row of W; the penalty shrinks "
-              "the whole of W (watch l21 and frobenius), and no column goes (live_columns); --penalty rownorm and prox remove columns")
-    return args.batch_size
-
-
-# ---- model ----------------------------------------------------------------------------------------------------------
+# ---- model ---------------------------------------------------------------------------------------
 def build_nets(args):
-    """(ModuleDict of backbone and projector, feature dimension); projector.live_columns (H,) bool says which inputs its last layer still uses."""
+    """Backbone and projector; projector.live_columns (H,) says which inputs its last layer uses.
+
+    [SparseHead Section 4, Section 7.1]"""
     backbone, feature_dim = make_backbone(args.arch, args.image_size)
     if args.head == "mlp":
-        layers = [nn.Linear(feature_dim, args.hidden, bias=False), nn.BatchNorm1d(args.hidden), nn.ReLU(), nn.Linear(args.hidden, args.dim, bias=False)]
+        head = [nn.Linear(feature_dim, args.hidden, bias=False), nn.BatchNorm1d(args.hidden),
+                nn.ReLU(), nn.Linear(args.hidden, args.dim, bias=False)]
+    elif args.head == "linear":
+        head = [nn.Linear(feature_dim, args.dim, bias=False)]
     else:
-        layers = [nn.Linear(feature_dim, args.dim, bias=False)]
-    projector = nn.Sequential(*layers)
-    projector.register_buffer("live_columns", torch.ones(layers[-1].in_features, dtype=torch.bool))
-    return nn.ModuleDict({"backbone": backbone, "projector": projector}), feature_dim
+        head = [nn.Linear(feature_dim, feature_dim, bias=False)]
+        nn.init.eye_(head[0].weight).requires_grad_(False)          # h_phi = I, fixed: z = r
+
+    projector = nn.Sequential(*head)
+    everything = torch.ones(head[-1].in_features, dtype=torch.bool)
+    projector.register_buffer("live_columns", everything)
+    return nn.ModuleDict({"backbone": backbone, "projector": projector})
 
 
 def build_opts(nets, args):
-    W = nets["projector"][-1].weight            # no weight decay on it: the loss does not see its scale, the penalty should alone decide
+    """Adam; W has no weight decay: the loss does not see its scale, the penalty alone decides."""
+    W = nets["projector"][-1].weight
     rest = [p for p in nets.parameters() if p is not W]
-    return {"encoder": torch.optim.Adam([{"params": rest, "weight_decay": args.weight_decay}, {"params": [W], "weight_decay": 0}], args.lr, fused=True)}
+    groups = [{"params": rest, "weight_decay": args.weight_decay},
+              {"params": [W], "weight_decay": 0}]
+    return {"encoder": torch.optim.Adam(groups, args.lr, fused=True)}
 
 
-# ---- Barlow Twins ---------------------------------------------------------------------------------------------------
+def embed(nets, views, args):
+    """(r, u, z) of views (2, n, 3, H, W): (2, n, d), (2, n, H), (2, n, m), never in bfloat16.
+
+    r is the representation, u = what W multiplies, z = u W^T the embedding. Both views share the
+    statistics of one pass."""
+    # channels_last: faster convolutions, on a GPU and on a CPU.
+    images = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
+        r = nets["backbone"](images)
+        u = nets["projector"][:-1](r)
+        z = nets["projector"][-1](u)
+    precise = torch.promote_types(z.dtype, torch.float32)
+    return [x.to(precise).unflatten(0, views.shape[:2]) for x in (r, u, z)]
+
+
+# ---- Barlow Twins --------------------------------------------------------------------------------
 def standardize(z, eps=1e-5):
-    """z (n, m) -> zero mean, unit variance per dimension over the batch of all processes: BatchNorm without affine parameters, whose
-    statistics autograd follows from process to process."""
+    """z (n, m) -> zero mean, unit variance per dimension, over the batch of all processes.
+
+    BatchNorm without affine parameters, whose statistics autograd follows across processes."""
     N = len(z) * world_size()
     z = z - all_reduce_sum(z.sum(0)) / N
-    return z / (all_reduce_sum(z.square().sum(0)) / N + eps).sqrt()
+    variance = all_reduce_sum(z.square().sum(0)) / N
+    return z / (variance + eps).sqrt()
 
 
 def cross_correlation(z1, z2):
     """C (m, m) of two embeddings (n, m), over the batch of all processes. [Barlow Twins Eq. 2]"""
-    return all_reduce_sum(standardize(z1).T @ standardize(z2)) / (len(z1) * world_size())
+    N = len(z1) * world_size()
+    return all_reduce_sum(standardize(z1).T @ standardize(z2)) / N
 
 
 def barlow_terms(z1, z2, lambda_offdiag):
-    """(invariance term, redundancy term with its weight) of the loss, scalars. [Barlow Twins Eq. 1]"""
-    c = cross_correlation(z1, z2)
-    diagonal = c.diagonal()
-    return (1 - diagonal).square().sum(), lambda_offdiag * (c.square().sum() - diagonal.square().sum())
+    """(invariance term, weighted redundancy term) of z1, z2 (n, m). [Barlow Twins Eq. 1]"""
+    C = cross_correlation(z1, z2)
+    diagonal = C.diagonal()
+    invariance = (1 - diagonal).square().sum()
+    redundancy = C.square().sum() - diagonal.square().sum()
+    return invariance, lambda_offdiag * redundancy
 
 
 def barlow_loss(z1, z2, lambda_offdiag):
-    """sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2 for z1, z2 (n, m) -> scalar, the sum of `barlow_terms`. [Barlow Twins Eq. 1]"""
-    return sum(barlow_terms(z1, z2, lambda_offdiag))
+    """sum_i (1 - C_ii)^2 + lambda_o sum_{i != j} C_ij^2 of z1, z2 (n, m). [Barlow Twins Eq. 1]"""
+    invariance, redundancy = barlow_terms(z1, z2, lambda_offdiag)
+    return invariance + redundancy
 
 
-# ---- SparseHead -----------------------------------------------------------------------------------------------------
+# ---- SparseHead ----------------------------------------------------------------------------------
 def column_norms(W):
     """(H,) norms of the columns of W (m, H); the gradient at a zero column is zero."""
     return torch.linalg.vector_norm(W, dim=0)
 
 
 def l21_norm(W):
-    """||W||_{2,1}, the sum of the norms of the columns of W (m, H): the relaxed number of inputs in use. [SparseHead Eq. 13]"""
+    """||W||_{2,1}: sum of the norms of the columns of W (m, H). [SparseHead Eq. 13]
+
+    It relaxes ||W||_{2,0}, the number of inputs in use."""
     return column_norms(W).sum()
 
 
 def row_normalize(W):
-    """W (m, H) with rows of unit norm, zero rows left alone. Barlow's loss is the same for both; l21_norm of it lies between sqrt(m), one
-    column left, and sqrt(m H), all alike: it can fall only by sparsity."""
-    return W / torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp(min=1e-12)
+    """W (m, H) with rows of unit norm; zero rows stay.
 
-
-def prox_l21(W, threshold):
-    """argmin_X ||X - W||^2 / 2 + threshold ||X||_{2,1}: each column of W (m, H) shorter by `threshold`, gone below it. [SparseHead Eq. 13, solved exactly]"""
-    return W * (1 - threshold / column_norms(W).clamp(min=1e-12)).clamp(min=0)
+    Barlow's loss is the same for both. l21_norm of the result lies between sqrt(m), one column
+    left, and sqrt(m H), all alike: it can fall only by sparsity."""
+    norms = torch.linalg.vector_norm(W, dim=1, keepdim=True)
+    return W / norms.clamp(min=1e-12)
 
 
 def sparse_penalty(W, penalty):
-    """The term that --lambda-sparse weighs, scalar: of W (plain), or of its rows scaled to unit norm (rownorm). [SparseHead Eqs. 12-13]"""
-    return l21_norm(W if penalty == "plain" else row_normalize(W))
+    """What --lambda-sparse weighs: L2,1 of W (plain), else of W with unit rows.
+
+    [SparseHead Eqs. 12-13]"""
+    if penalty == "plain":
+        return l21_norm(W)
+    return l21_norm(row_normalize(W))
+
+
+def prox_l21(W, threshold):
+    """argmin_X ||X - W||^2 / 2 + threshold ||X||_{2,1}, for X, W (m, H).
+
+    Each column is shorter by the threshold, and exactly zero if it was below it. What is solved is
+    the step, not Eq. 13. [SparseHead Eq. 13, its proximal step]"""
+    shrink = 1 - threshold / column_norms(W).clamp(min=1e-12)
+    return W * shrink.clamp(min=0)
+
+
+def batch_head(W, u, args):
+    """W^t (m, H), a head for one batch: proximal gradient steps from W, theta fixed.
+
+    u (2, n, H): the inputs of the last layer. Rows go back to unit norm, since the loss does not
+    see their scale. The result has no graph. [SparseHead Eq. 13]"""
+    u1, u2 = u.detach()
+    W_t = W.detach()
+    for _ in range(args.inner_steps):
+        W_t.requires_grad_()
+        loss = barlow_loss(u1 @ W_t.T, u2 @ W_t.T, args.lambda_offdiag)
+        gradient, = torch.autograd.grad(loss, W_t)
+        gradient = all_reduce_sum(gradient) / world_size()
+
+        W_t = W_t.detach() - args.inner_lr * gradient
+        W_t = row_normalize(prox_l21(W_t, args.inner_lr * args.lambda_sparse))
+    return W_t
+
+
+def live_columns(W):
+    """(H,) bool: the columns of W (m, H) that are longer than LIVE times the longest."""
+    norms = column_norms(W)
+    return norms > LIVE * norms.max()
 
 
 def sparsity(W):
-    """Logged numbers of W (m, H): norms; l21_normalized in [1 / sqrt(H), 1]; shares of columns above LIVE times the largest, and exactly zero."""
-    norms = column_norms(W)
-    return {"l21": norms.sum(), "frobenius": torch.linalg.matrix_norm(W), "l21_normalized": l21_norm(row_normalize(W)) / math.sqrt(W.numel()),
-            "live_columns": (norms > LIVE * norms.max()).to(W.dtype).mean(), "zero_columns": (norms == 0).to(W.dtype).mean()}
+    """What has become of W (m, H): terms to log.
+
+    l21, frobenius  norms of W
+    l21_normalized  l21 with unit rows over sqrt(m H): 1 = columns alike, 1 / sqrt(H) = one left
+    live_columns    share of columns above a thousandth of the largest; zero_columns: exactly 0"""
+    return {"l21": l21_norm(W), "frobenius": torch.linalg.matrix_norm(W),
+            "l21_normalized": l21_norm(row_normalize(W)) / math.sqrt(W.numel()),
+            "live_columns": live_columns(W).to(W.dtype).mean(),
+            "zero_columns": (column_norms(W) == 0).to(W.dtype).mean()}
 
 
-# ---- one iteration --------------------------------------------------------------------------------------------------
-def embed(nets, views, args):
-    """(representations, embeddings), each one tensor (n, .) per view, not in bfloat16."""
-    x = torch.cat(views)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        r = nets["backbone"](x)
-        z = nets["projector"](r)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return r.chunk(len(views)), z.chunk(len(views))
+def rescaling_share(W):
+    """Share of the gradient of ||W||_{2,1}, squared, that only rescales rows of W (m, H).
+
+    1: a small step on the penalty changes nothing that the loss can see. 0 for rownorm."""
+    gradient = W / column_norms(W).clamp(min=1e-12)
+    along_rows = (gradient * row_normalize(W)).sum(1)
+    return along_rows.square().sum() / gradient.square().sum().clamp(min=1e-12)
 
 
+# ---- one step ------------------------------------------------------------------------------------
 def train_step(nets, opts, views, args, progress):
-    """One iteration, optimiser and proximal step included: views is [x1, x2], (n, 3, H, W) each; `progress`, the share of the training
-    done, is for methods that change with it. [Barlow Twins Algorithm 1, SparseHead Eq. 12]"""
-    W, opt = nets["projector"][-1].weight, opts["encoder"]
-    _, (z1, z2) = embed(nets, views, args)
+    """One step, optimiser included: views (2, n, 3, H, W) of this process -> terms to log.
+
+    loss_ssl      loss_invariance + loss_redundancy, the two terms of Barlow Twins' loss
+    loss_sparse   the penalty without its weight, of W before the step; of W after it: `sparsity`
+    std_z         spread over directions; near 1, 0 = collapsed
+    var_z         variance before `standardize`; far above its epsilon, 1e-5
+    rescaling     plain: the part of the penalty that the loss cannot see, see `rescaling_share`
+    batch_columns, support_change   bilevel: live columns of W^t; those that are live in one of W
+                  and W^t alone: does the support depend on the batch?
+
+    progress, the share of the training done, is for methods that change with it.
+
+    [Barlow Twins Algorithm 1, with SparseHead's Section 6]"""
+    opt = opts["encoder"]
+    W = nets["projector"][-1].weight
+    _, u, z = embed(nets, views, args)
+    if args.penalty == "bilevel":
+        W_t = batch_head(W, u, args)                    # Eq. 13
+        z = u @ W_t.T
+    z1, z2 = z
+
+    # Eq. 12 with the penalty of Section 6.
     invariance, redundancy = barlow_terms(z1, z2, args.lambda_offdiag)
     penalty = sparse_penalty(W, args.penalty)
+    loss_ssl = invariance + redundancy
+    loss = loss_ssl
+    if args.penalty in ("plain", "rownorm"):
+        loss = loss + args.lambda_sparse * penalty
+
     opt.zero_grad()
-    loss = invariance + redundancy
-    (loss if args.penalty == "prox" or not args.lambda_sparse else loss + args.lambda_sparse * penalty).backward()
+    loss.backward()
     average_gradients(nets.parameters())
     opt.step()
+
     with torch.no_grad():
-        if args.penalty == "prox" and args.lambda_sparse:                   # the threshold falls with the learning rate, as a gradient step would
-            W.copy_(row_normalize(prox_l21(W, opt.param_groups[-1]["lr"] * args.lambda_sparse)))
-        found = sparsity(W)
-        norms = column_norms(W)
-        nets["projector"].live_columns.copy_(norms > LIVE * norms.max())
-    return {"loss_ssl": loss.detach(), "loss_invariance": invariance.detach(), "loss_redundancy": redundancy.detach(), "loss_sparse": penalty.detach(),
-            "std_z": embedding_std(z1.detach()), "var_z": z1.detach().var(0).mean(), **found}
+        terms = {"loss_ssl": loss_ssl, "loss_invariance": invariance,
+                 "loss_redundancy": redundancy, "loss_sparse": penalty,
+                 "std_z": embedding_std(z1), "var_z": z1.var(0).mean()}
+        if args.penalty == "prox" and args.lambda_sparse:
+            # The threshold falls with the learning rate, as a gradient step would.
+            threshold = opt.param_groups[-1]["lr"] * args.lambda_sparse
+            W.copy_(row_normalize(prox_l21(W, threshold)))
+        if args.penalty == "bilevel":
+            W.lerp_(W_t, RHO)
+            terms["batch_columns"] = live_columns(W_t).to(W.dtype).mean()
+            terms["support_change"] = (live_columns(W_t) != live_columns(W)).to(W.dtype).mean()
+        if args.penalty == "plain":
+            terms["rescaling"] = rescaling_share(W)
+        terms |= sparsity(W)
+        nets["projector"].live_columns.copy_(live_columns(W))
+    return {name: value.detach() for name, value in terms.items()}
 
 
+# ---- what is measured at evaluations -------------------------------------------------------------
 def diagnose(nets, views, args):
-    """Effective ranks of representation and embedding of this batch, both centred. [SparseHead Figs. 1 and 3]"""
+    """rank_r, rank_z: effective ranks of representation and embedding of the last batch.
+
+    [SparseHead Figs. 1 and 3]"""
     with torch.no_grad(), batch_stats_only(nets):
-        (r, _), (z, _) = embed(nets, views, args)
-    return {"rank_r": effective_rank(r), "rank_z": effective_rank(z)}
+        r, _, z = embed(nets, views, args)
+    return {"rank_r": effective_rank(r[0]), "rank_z": effective_rank(z[0])}
+
+
+# ---- flags and checks ----------------------------------------------------------------------------
+def parse_args(argv=None):
+    p = base_parser(__doc__, RECIPES, ("resnet_tiny", "resnet18", "resnet50"))
+    add = p.add_argument
+    add("--lambda-offdiag", type=number(float, 0), default=5e-3,
+        help="lambda of Barlow Twins, weight of the redundancy term; 0 = off (default: 0.005 as in "
+        "the paper)")
+    add("--head", choices=("mlp", "linear", "none"), default="mlp",
+        help="mlp: two layers with BatchNorm and ReLU, as in the paper (default); linear: one "
+        "layer; none: z = r, with --baseline")
+    add("--dim", type=number(int, 2), help="m, width of the embedding")
+    add("--hidden", type=number(int, 2), help="H, width of the hidden layer of the mlp head")
+    add("--penalty", choices=("rownorm", "prox", "plain", "bilevel"), default="rownorm",
+        help="rownorm: L2,1 of W with unit rows (default); prox: after each step columns are "
+        "shortened, then rows set to unit norm: exact zeros; plain: the paper's, L2,1 of W; "
+        "bilevel: a W for each batch, by proximal steps")
+    add("--lambda-sparse", type=number(float, 0),
+        help="lambda of Eq. 13; prox and bilevel multiply it by their learning rate; 0 = off "
+        "(default: 0.3 rownorm, 3 prox, 1 bilevel, 1e-4 plain as in the paper)")
+    add("--inner-steps", type=number(int, 0), default=5,
+        help="bilevel: proximal steps from W to a batch's own; 0 = none, W stays (default: 5)")
+    add("--inner-lr", type=number(float, 0), default=0.01,
+        help="bilevel: their learning rate (default: 0.01)")
+    return p.parse_args(argv)
+
+
+def fill_defaults(args, data, device):
+    """Fill the flags left open; returns the augmentation of each view."""
+    recipe = fill_from_recipe(args, RECIPES, data, device, SCRIPT)
+    if args.baseline:
+        args.penalty = "none"
+    if args.lambda_sparse is None:
+        args.lambda_sparse = LAMBDA_SPARSE[args.penalty]
+    args.images_per_step = args.batch_size
+    return AUGMENTATION[recipe]
+
+
+def check_args(args, data, world):
+    """Settings that do not go together end in a sentence."""
+    check_shared_flags(args, data, world)
+    n = args.batch_size
+    if n % world or n < 2 * world:
+        fail(f"--batch-size {n}: must be a multiple of the {world} processes, at least 2 images "
+             "each")
+    if args.baseline and args.lambda_sparse:
+        fail(f"--lambda-sparse {args.lambda_sparse}: --baseline has no penalty")
+    if args.head == "none" and not args.baseline:
+        fail("--head none: has no last layer to make sparse; add --baseline, or choose another")
 
 
 def main(argv=None):
     args = parse_args(argv)
     # -- shared: main --
-    rank, world, device = setup_distributed()
-    data = load_data(args.data, args.image_size, args.workers, args.classes)
-    recipe = resolve(args, RECIPES, data, SCRIPT)
-    per_step = check_args(args, data, world)                                                # images
-    augmented = (AUGMENTATION[recipe] * args.views)[:args.views]
-    torch.manual_seed(args.seed)                                                            # the same initial weights on every process
-    nets = build_nets(args)[0].to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
+    rank, world, device = setup_processes(args.device)
+    data = load_data(args.data, args.image_size, args.workers)
+    augmentation = fill_defaults(args, data, device)
+    check_args(args, data, world)
+
+    torch.manual_seed(args.seed)                    # the same initial weights on every process
+    nets = build_nets(args).to(device, memory_format=torch.channels_last)
+    if args.sync_bn:
+        nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 16   # views, tasks and evaluations differ in shape
+        nets["backbone"].compile()
     opts = build_opts(nets, args)
-    per_epoch = len(data.train) // per_step                                                 # an incomplete last batch is left out
+
+    # The schedule counts optimiser steps. An incomplete last batch is left out.
+    per_epoch = len(data.train) // args.images_per_step
     total = args.epochs * per_epoch
-    stop = min(total, args.max_steps or total)
-    start = open_run(args, nets, opts, rank, images=len(data.train), class_list=class_hash(data.classes), processes=world, steps_per_epoch=per_epoch)
-    log = Log(args.out, per_step, rank, world, start, stop, LIMITS)
-    evaluate = lambda backbone: monitor(backbone, data, args, augmented[0], device) if rank == 0 else {}
-    with graceful_stop() as asked_to_stop:
-        if data.train_labels is None:
+    stop = total
+    if args.max_steps:
+        stop = min(stop, args.max_steps)
+    argv = sys.argv[1:] if argv is None else argv
+    start, settings = open_run(args, argv, data, nets, opts, rank)
+    log = Log(args, rank, stop, LIMITS)
+
+    def evaluate(backbone):
+        if rank > 0:
+            return {}
+        return monitor(backbone, data, args, augmentation[0], device)
+
+    with graceful_stop() as stop_signal:
+        if data.test_labels is None:
             log.show(f"{args.data} has no labels: the k-NN monitor is off")
-        elif start == 0:                                                                    # what the run has to beat
+        elif start == 0:                            # what the run has to beat
             raw = evaluate(None) if torch.is_tensor(data.train) else {}
-            log.event(step=0, **evaluate(nets["backbone"]), **{f"raw_pixels_{k}": v for k, v in raw.items()})
-        batches = training_views(data, augmented, args.image_size, per_step, args.seed, rank, world, device, args.workers, start, stop)
-        for step, views in enumerate(batches, start + 1):                                   # step = steps done after this one
+            raw = {f"raw_pixels_{name}": value for name, value in raw.items()}
+            log.event(0, **evaluate(nets["backbone"]), **raw)
+
+        batches = training_batches(data, augmentation, args, rank, world, device, start, stop)
+        for step, (views, index) in enumerate(batches, start + 1):      # counts steps that are done
+            if step == 1 and rank == 0:
+                draw_views(args, data, views, index, augmentation)
             set_lr(opts, lr_scale(step - 1, total, args.warmup_epochs * per_epoch))
-            log.add(step, train_step(nets, opts, views, args, (step - 1) / total))
-            signum, epoch_end = asked_to_stop(), step % per_epoch == 0 or step == stop
-            if step % args.log_every == 0 or epoch_end or signum:
-                log.write(opts["encoder"].param_groups[0]["lr"])
-            if step == stop or epoch_end and step // per_epoch % args.eval_every == 0:
-                log.event(step=step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
+            terms = train_step(nets, opts, views, args, progress=(step - 1) / total)
+            log.add(step, terms)
+
+            signum = stop_signal()
+            last = step == stop
+            epoch_end = last or step % per_epoch == 0
+            evaluate_now = last or (epoch_end and (step // per_epoch) % args.eval_every == 0)
+            if epoch_end or signum or step % args.log_every == 0:
+                log.write(nets, opts["encoder"].param_groups[0]["lr"])
+            if evaluate_now:
+                log.event(step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
             if rank == 0 and (epoch_end or signum):
-                save_run(args, step, nets, opts, augmented[0])
+                save_run(args, step, nets, opts, augmentation[0], settings)
             if signum:
-                log.end(f"stopped by signal {signum} after step {step}; the same command goes on from there")
+                log.end(f"stopped by signal {signum} after step {step}; the same command goes on")
                 raise SystemExit(128 + signum)
-    log.end(f"done: {args.out}/backbone.pt, curves.png, log.jsonl; next: python eval_linear.py {args.out}")
+    log.end(f"done: {args.out}/backbone.pt, curves.png, views.png, log.jsonl; next: "
+            f"python eval_linear.py {args.out}")
     # -- end shared --
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,27 +1,45 @@
-"""Mechanism shared by the four scripts: data, augmentation, backbones, evaluation, processes, checkpoint, log.
+"""What all four scripts need: flags, data, augmentation, backbones, k-NN, processes, log.
 
-Read a script first and come here only for the how. No method's recipe lives in this file, nothing here calls back into a
-script, and importing it has no side effect. Every random draw is a function of a key, see `rng`: no generator state is ever
-saved, and a resumed run equals an uninterrupted one: on a CPU to the bit, on a GPU up to the order of its sums.
+Read a script first and come here only for the how. The file is ordered as data travels. No method's
+recipe lives here, nothing here calls back into a script, and importing it has no side effect.
+
+Every random draw is a function of a key, see `rng`. No generator state is ever saved, and a resumed
+run equals an uninterrupted one: to the bit on a CPU, up to the order of its sums on a GPU.
 """
-import argparse, contextlib, datetime, errno, functools, hashlib, json, math, os, platform, signal, sys, time
-from collections import namedtuple
+import argparse
+import collections
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import typing
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-SMALL = 96              # images up to this side live on the device as one uint8 tensor and get the 3x3 stem
-BAD_FRACTION = 0.01     # a run goes on without this share of undecodable images, each of them named
-FREE_ON_RESUME = {"out", "workers", "log_every", "eval_every", "max_steps", "compile"}     # do not change what is computed
+EDITION = 2             # of last.pt: a checkpoint of another edition is refused
+SMALL = 96              # images up to this side live on the device and get the 3x3 stem
+BAD_FRACTION = 0.01     # a run goes on without this share of undecodable images
+
+# These settings do not change what is computed. The data are compared by their file names.
+FREE_ON_RESUME = {"data", "out", "workers", "log_every", "eval_every", "max_steps", "compile"}
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 def fail(sentence):
     """Bad input: one sentence on stderr, exit status 2, no traceback."""
     print(f"error: {sentence}", file=sys.stderr)
@@ -34,124 +52,896 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf):
-    """argparse type: a finite number of `kind` in [low, high]."""
+    """argparse type: a finite number of `kind` from low to high, both included."""
+    noun = "a whole number" if kind is int else "a number"
+
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-            finite = math.isfinite(value)
-        except (ValueError, OverflowError):             # a whole number of 400 digits has no float
-            finite = False
-        if not (finite and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
-                                             f"{f'>= {low}' if high == math.inf else f'in [{low}, {high}]'}")
-        return value
+            if low <= value <= high and value < math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low} to {high}")
     return parse
 
 
-def cores_per_process():
-    """Cores for each process that torchrun starts on this machine, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_workers():
+    """This process's share of the cores that its job may use, at most 16."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def base_parser(description, recipes, archs):
-    """The flags that all scripts share. A default of None is filled in by `resolve` from the recipe that --data selects."""
-    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    def flag(name, kind, text, **kw):
-        key = name[2:].replace("-", "_")
-        listed = "" if key not in recipes["shapes"] else "; " + ", ".join(f"{r}: {v[key]}" for r, v in recipes.items())
-        p.add_argument(name, type=kind, help=(text + listed).replace("%", "%%"), **kw)
-    flag("--data", str, "shapes (drawn in memory) | cifar10 | cifar100 | stl10 | fake | folder with train/ and val/ or test/ of class "
-         "folders | folder of images without classes", default="shapes")
-    flag("--classes", str, "file of class names, one per line: only these class folders, as for ImageNet-100 (default: all)")
-    flag("--out", str, "folder of log, checkpoint, backbone and picture (default: runs/<script>)")
-    flag("--arch", str, "backbone", choices=archs)
-    flag("--image-size", number(int, 8), "pixels (default: the images' own size up to 96, 224 above)")
-    flag("--epochs", number(int, 1), "passes over the training images")
-    flag("--batch-size", number(int, 2), "images per batch, over all processes")
-    flag("--lr", number(float, 0), "peak learning rate at this batch size")
-    flag("--weight-decay", number(float, 0), "0 = none")
-    flag("--warmup-epochs", number(float, 0), "linear warm-up, then cosine to 0; 0 = none")
-    flag("--workers", number(int, 0), "decoding processes per process, for images above 96 px (default: this process's share of the cores, up to 16)",
-         default=cores_per_process())
-    flag("--seed", number(int, 0), "seed of weights, data order and augmentation (default: 0)", default=0)
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-                   help="bfloat16 autocast around forward passes; losses stay float32 (default: where the GPU has it)")
-    p.add_argument("--sync-bn", action="store_true", help="BatchNorm over the batch of all processes; not in passes of a single task, which one process holds")
-    p.add_argument("--compile", action="store_true", help="torch.compile the encoder")
-    flag("--log-every", number(int, 1), "steps between log lines (default: 10)", default=10)
-    flag("--eval-every", number(int, 1), "epochs between k-NN evaluations")
-    flag("--max-steps", number(int, 0), "stop after this step of the unchanged schedule; 0 = no limit (default)", default=0)
-    p.add_argument("--baseline", action="store_true", help="the base method alone: same initial weights, data order, augmentation")
-    return p, flag
+def base_parser(doc, recipes, archs):
+    """The flags that all scripts share. What is left open, `fill_from_recipe` fills in."""
+    table = ["recipes, chosen by --data:", f"{'':>16}" + "".join(f"{r:>14}" for r in recipes)]
+    for key in recipes["shapes"]:
+        values = "".join(f"{str(recipe[key]):>14}" for recipe in recipes.values())
+        table.append(f"{key:>16}{values}")
+
+    p = Parser(description=(doc or "").split("\n")[0], epilog="\n".join(table), allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--data", default="shapes", help="shapes (drawn in memory, the default) | cifar10 | "
+        "cifar100 | stl10 | fake | folder with train/ and val/ or test/ of class folders | "
+        "any other folder of images, without labels")
+    add("--out", help="folder of all that the run leaves (default: runs/<script>)")
+    add("--arch", choices=archs, help="backbone")
+    add("--image-size", type=number(int, 8),
+        help="pixels (default: the images' own size up to 96, else 224)")
+    add("--epochs", type=number(int, 1), help="passes over the training images")
+    add("--batch-size", type=number(int, 2), help="images per batch, over all processes")
+    add("--lr", type=number(float, 0), help="peak learning rate at this batch size")
+    add("--weight-decay", type=number(float, 0), help="0 = none")
+    add("--warmup-epochs", type=number(float, 0), help="linear, then cosine to 0; 0 = none")
+    add("--workers", type=number(int, 0), default=default_workers(),
+        help="decoding processes, for images above 96 px (default: the cores, up to 16)")
+    add("--seed", type=number(int, 0, 2 ** 63), default=0,
+        help="of weights, data order and augmentation (default: 0)")
+    add("--device", choices=("cuda", "mps", "cpu"),
+        help="default: cuda where there is one, else cpu; mps is untested")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=None,
+        help="bfloat16 forward passes, losses in float32 (default: where a GPU has it)")
+    add("--sync-bn", action="store_true",
+        help="BatchNorm over the GPUs of all processes (torch's SyncBatchNorm)")
+    add("--compile", action="store_true", help="torch.compile the backbone")
+    add("--log-every", type=number(int, 1), default=10, help="steps (default: 10)")
+    add("--eval-every", type=number(int, 1), help="epochs between k-NN evaluations")
+    add("--max-steps", type=number(int, 0), default=0,
+        help="stop after this step of the unchanged schedule; 0 = no limit (default)")
+    add("--baseline", action="store_true",
+        help="the base method alone: same initial weights, data order, augmentation")
+    return p
 
 
-def resolve(args, recipes, data, script):
-    """Fill the flags left open from the recipe of the data; returns the recipe's name."""
-    name = "shapes" if data.name == "shapes" else "small" if (args.image_size or data.size) <= SMALL else "imagenet"
-    args.image_size = args.image_size or (data.size if data.size <= SMALL else 224)
-    args.out, args.script = args.out or f"runs/{script}" + ("-baseline" if args.baseline else ""), script
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    for key, value in recipes[name].items():
+def fill_from_recipe(args, recipes, data, device, script):
+    """Fill the flags left open from the recipe of the data, and return that recipe's name."""
+    if args.image_size is None:
+        args.image_size = data.size if data.size <= SMALL else 224
+    if data.name == "shapes":
+        recipe = "shapes"
+    elif args.image_size <= SMALL:
+        recipe = "small"
+    else:
+        recipe = "imagenet"
+
+    warmup_is_open = args.warmup_epochs is None
+    for key, value in recipes[recipe].items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    return name
+    if warmup_is_open and args.warmup_epochs >= args.epochs:
+        args.warmup_epochs = args.epochs / 10
+
+    suffix = "-baseline" if args.baseline else ""
+    args.out = os.path.expanduser(args.out or f"runs/{script}{suffix}")
+    args.script = script
+    args.device = device.type
+    if args.bf16 is None:
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        args.bf16 = device.type == "cuda" and supported
+    return recipe
 
 
-# ---- randomness, schedule, parameters -------------------------------------------------------------------------------
+def check_shared_flags(args, data, world):
+    """Settings that go wrong in every script end in a sentence."""
+    if args.images_per_step > len(data.train):
+        fail(f"--batch-size {args.batch_size}: one step takes {args.images_per_step} images, "
+             f"there are only {len(data.train)} training images")
+    if args.warmup_epochs > args.epochs:
+        fail(f"--warmup-epochs {args.warmup_epochs}: more than --epochs {args.epochs}")
+    if args.sync_bn and (args.device != "cuda" or world == 1):
+        fail("--sync-bn: needs several processes, one GPU each")
+
+
+# ---- randomness and schedule ---------------------------------------------------------------------
 def rng(*key):
     """CPU generator that is a function of the numbers and strings `key`."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little"))
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def lr_scale(step, total, warmup):
-    """Linear warm-up to 1 over `warmup` steps, then half a cosine to 0 at `total`: a pure function of the step."""
+    """Linear warm-up to 1 over `warmup` steps, then half a cosine to 0 at step `total`."""
     if step < warmup:
         return (step + 1) / max(warmup, 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    progress = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_lr(opts, scale):
     """lr = base_lr * scale. Groups are looked up each time: `load_state_dict` replaces them."""
     for opt in opts.values():
         for group in opt.param_groups:
-            group["lr"] = group.setdefault("base_lr", group["lr"]) * scale
+            base_lr = group.setdefault("base_lr", group["lr"])
+            group["lr"] = base_lr * scale
 
 
-@torch.no_grad()
-def ema_update(target, online, decay):
-    """target <- decay * target + (1 - decay) * online for parameters; buffers (BatchNorm statistics) are copied."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - decay)
-    if buffers := list(target.buffers()):
-        torch._foreach_copy_(buffers, list(online.buffers()))
+# ---- data ----------------------------------------------------------------------------------------
+class Data(typing.NamedTuple):
+    """What --data names."""
+    name: str
+    train: typing.Any           # uint8 (N, 3, S, S), or a list of file names
+    train_labels: typing.Any    # int64 (N,), -1 = none; or None
+    test: typing.Any
+    test_labels: typing.Any
+    size: int                   # side of the images in pixels; of large ones, the median
+    classes: typing.Any         # their names, or None
+    fingerprint: str            # of class and file names: resume compares it
+
+
+SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "star", "moon", "stripes",
+          "checks"]
+
+
+def draw_shapes(n, seed):
+    """n drawn images of ten classes: (uint8 (n, 3, 32, 32), int64 (n,)).
+
+    Each is a wallpaper of one small figure with random turn, scale, shift, colours, shading, noise.
+    A crop shows the figure too, so its class survives augmentation; pixels tell it badly."""
+    g = rng(seed)
+    label = torch.arange(n) % len(SHAPES)
+    u = torch.rand(n, 7, 1, 1, generator=g)
+    turn, scale, shift_a, shift_b, dark, light_x, light_y = u.unbind(1)
+
+    # a, b: coordinates within a tile, turned; r, box: distances from its centre.
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    turn = 2 * math.pi * turn
+    half = 0.3 + 0.3 * scale
+    a = (turn.cos() * x - turn.sin() * y) / half + 2 * shift_a
+    b = (turn.sin() * x + turn.cos() * y) / half + 2 * shift_b
+    a = 1.15 * (a % 2 - 1)
+    b = 1.15 * (b % 2 - 1)
+    r = (a ** 2 + b ** 2).sqrt()
+    box = torch.maximum(a.abs(), b.abs())
+
+    # How deep inside the figure a pixel lies, in half tiles; negative outside.
+    depth = {
+        "disc": 0.95 - r,
+        "ring": 0.2 - (r - 0.7).abs(),
+        "square": 0.8 - box,
+        "frame": 0.17 - (box - 0.7).abs(),
+        "triangle": 0.5 - torch.maximum(-b, 0.87 * a.abs() + 0.5 * b),
+        "cross": torch.minimum(0.3 - torch.minimum(a.abs(), b.abs()), 1 - box),
+        "star": 0.65 + 0.35 * torch.cos(5 * torch.atan2(b, a)) - r,
+        "moon": torch.minimum(1 - r, ((a - 0.5) ** 2 + b ** 2).sqrt() - 0.8),
+        "stripes": 0.4 - b.abs(),
+        "checks": 0.3 * torch.sin(math.pi * a / 1.15) * torch.sin(math.pi * b / 1.15),
+    }
+    depth = torch.stack([depth[name] for name in SHAPES])[label, torch.arange(n)]
+    mask = (depth * 14 * half + 0.5).clamp(0, 1)[:, None]
+
+    tint = 0.15 * torch.rand(2, n, 3, 1, 1, generator=g) - 0.075
+    ink = torch.where(dark < 0.5, 0.25, -0.25)[:, None]
+    shade = 0.3 * ((light_x - 0.5) * x + (light_y - 0.5) * y)[:, None]
+    noise = 0.06 * torch.randn(n, 3, 32, 32, generator=g)
+    image = 0.5 + mask * (ink + tint[0]) - (1 - mask) * (ink + tint[1]) + (shade + noise)
+    return (image.clamp(0, 1) * 255).byte(), label
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif",
+                  ".avif")
+GIGAPIXEL = 10 ** 9
+
+
+def decode(path):
+    """The image in a file, upright: uint8 (3, H, W). OSError, with the reason, if there is none."""
+    # One limit for all formats, in place of Pillow's own, which PNGs with long texts exceed.
+    Image.MAX_IMAGE_PIXELS = None
+    PngImagePlugin.MAX_TEXT_CHUNK = GIGAPIXEL
+    PngImagePlugin.MAX_TEXT_MEMORY = GIGAPIXEL
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > GIGAPIXEL:
+                raise OSError("more than a gigapixel")
+            if image.format in ("JPEG", "MPO"):         # a telephone's JPEG with a second image
+                # torchvision is fast, but does not read every file and may come without decoders.
+                # It is given bytes: it opens no file whose name is not UTF-8.
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    jpeg = torch.from_numpy(np.fromfile(path, np.uint8))
+                    return torchvision.io.decode_jpeg(jpeg, "RGB", apply_exif_orientation=True)
+
+            deep = image.mode == "I" and image.format in ("PNG", "PPM")
+            deep = deep or image.mode.startswith("I;16")
+            image = ImageOps.exif_transpose(image)
+            if deep:
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise OSError("neither 8 nor 16 bits per channel")
+            return TF.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:                  # Pillow raises a dozen types for broken files
+        raise OSError(str(error) or type(error).__name__) from error
+
+
+def fit(images, size, resize=None):
+    """Shorter side to `resize` (default `size`), antialiased, then the central square of `size`."""
+    h, w = images.shape[-2:]
+    if (h, w) == (size, size):
+        return images
+    if max(h, w) > 3 * min(h, w):               # a strip would be resized to gigabytes
+        images = TF.center_crop(images, [min(h, 3 * w), min(w, 3 * h)])
+    images = TF.resize(images, [resize or size], antialias=True)
+    return TF.center_crop(images, [size, size])
+
+
+class FileNames:
+    """File names as one tensor, which worker processes share: a list would be copied to each."""
+    def __init__(self, paths):
+        names = np.array([os.fsencode(path) for path in paths])
+        self.bytes = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))
+
+    def __len__(self):
+        return len(self.bytes)
+
+    def __getitem__(self, i):
+        return os.fsdecode(bytes(self.bytes[i].tolist()).rstrip(b"\0"))
+
+
+class Squares(torch.utils.data.Dataset):
+    """Item i: (central square of file i, uint8 (1, 3, S, S), or None; i; {path: why not})."""
+    def __init__(self, paths, size, resize=None):
+        self.paths = FileNames(paths)
+        self.size = size
+        self.resize = resize
+
+    def __getitem__(self, i):
+        path = self.paths[i]
+        try:
+            image = decode(path)
+        except OSError as error:
+            return None, i, {path: str(error)}
+        return fit(image, self.size, self.resize)[None], i, {}
+
+
+class Crops(torch.utils.data.Dataset):
+    """Item (epoch, i): (a random crop of file i per view, uint8 (m, 3, S, S); i; {path: why not}).
+
+    The next file that can be decoded stands in for one that cannot."""
+    def __init__(self, paths, size, views, recipe, seed):
+        self.paths = FileNames(paths)
+        self.size = size
+        self.views = views
+        self.recipe = recipe
+        self.seed = seed
+
+    def __getitem__(self, key):
+        epoch, first = key
+        bad = {}
+        for i in range(first, first + len(self.paths)):
+            i = i % len(self.paths)
+            try:
+                image = decode(self.paths[i])
+            except OSError as error:
+                bad[self.paths[i]] = str(error)
+                continue
+            u = torch.rand(self.views, BOX_DRAWS, generator=rng(self.seed, epoch, first))
+            boxes = random_boxes(u, *image.shape[1:], self.recipe["crop"], self.recipe["ratio"])
+            size = [self.size, self.size]
+            crops = [TF.resized_crop(image, *box, size, antialias=True)
+                     for box in boxes.int().tolist()]
+            return torch.stack(crops), i, bad
+        return None, first, bad
+
+
+def join_items(items):
+    """Items of a data set -> (images (m, n, 3, S, S) or None, n indices, {path: why not})."""
+    images, index, bad = [], [], {}
+    for image, i, complaints in items:
+        bad.update(complaints)
+        if image is not None:
+            images.append(image)
+            index.append(i)
+    return torch.stack(images, dim=1) if images else None, index, bad
+
+
+def leave_signals_to_the_main_process(worker):
+    """It ends its workers itself: Ctrl-C and a group's SIGTERM must not cost the batch at work."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def read_files(name, files, batches, workers, device):
+    """Yield (images (m, n, 3, S, S) on `device`, n indices) of `files`, a Squares or Crops.
+
+    A file that cannot be decoded is named once, with the reason; too many end the run."""
+    loader = torch.utils.data.DataLoader(
+        files, batch_sampler=batches, num_workers=workers, collate_fn=join_items,
+        worker_init_fn=leave_signals_to_the_main_process, pin_memory=device.type == "cuda")
+    n = len(files.paths)
+    allowed = min(math.ceil(BAD_FRACTION * n), n - 1)
+    left_out = set()
+    for images, index, bad in loader:
+        for path in sorted(set(bad) - left_out):
+            print(f"left out: {path} cannot be decoded ({bad[path]})", file=sys.stderr)
+        left_out.update(bad)
+        if len(left_out) > allowed:
+            fail(f"--data {name}: over {BAD_FRACTION:.0%} of {n} images cannot be decoded")
+        if images is not None:
+            yield images.to(device, non_blocking=True), index
+
+
+def squares(name, images, size, workers, device, resize=None):
+    """Yield (uint8 (n, 3, S, S) on `device`, their n indices) in order, nothing random.
+
+    images: a uint8 tensor (N, 3, H, W) or a list of file names."""
+    batch = 512 if size <= SMALL else 128               # a ResNet-50 at 224 px needs 10 MB an image
+    chunks = [index.tolist() for index in torch.arange(len(images)).split(batch)]
+    if torch.is_tensor(images):
+        for index in chunks:
+            yield fit(images[index].to(device), size), index
+    else:
+        for x, index in read_files(name, Squares(images, size, resize), chunks, workers, device):
+            yield x[0], index
+
+
+def list_images(folder):
+    """Sorted names, relative to `folder`, of the images at every depth below it.
+
+    Left out: names that begin with a dot, Synology's @eaDir, and folders met a second time by a
+    link. Files of other kinds are counted in one line."""
+    names, others, seen = [], collections.Counter(), {}
+    prefix = os.path.join(folder, "")
+    for where, folders, files in os.walk(folder, onerror=print, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            print(f"passed over: {where} is {seen[real]} again, by a link")
+            folders.clear()
+            continue
+        seen[real] = where
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "@eaDir")))
+        for file in files:
+            if file.startswith("."):
+                continue
+            suffix = os.path.splitext(file)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                names.append(os.path.join(where, file).removeprefix(prefix))
+            else:
+                others[suffix or "without a suffix"] += 1
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
+        print(f"passed over in {folder}: {others.total()} files ({counts})")
+    return sorted(names)
+
+
+def list_classes(folder):
+    """(file names, labels int64 (N,), class names) of a folder of class folders."""
+    names = [name for name in list_images(folder) if os.sep in name]
+    class_of = [name.split(os.sep)[0] for name in names]
+    classes, labels = np.unique(class_of, return_inverse=True)
+    return names, torch.from_numpy(labels), classes.tolist()
+
+
+def find_splits(name):
+    """(training folder, test folder) in `name`; the second is None for images without classes."""
+    splits = [entry for entry in os.listdir(name) if entry.lower() in ("train", "val", "test")]
+    splits = [entry for entry in splits if os.path.isdir(os.path.join(name, entry))]
+    for entry in splits:
+        if entry != entry.lower():
+            fail(f"--data {name}: has a folder {entry}/; rename it to {entry.lower()}/")
+    if not splits:
+        return name, None
+
+    train = os.path.join(name, "train")
+    test = os.path.join(name, "val" if "val" in splits else "test")
+    if "train" not in splits:
+        fail(f"--data {name}: has {splits[0]}/ but no train/ folder")
+    if splits == ["train"]:
+        fail(f"--data {name}: has train/ but neither val/ nor test/; to train without labels "
+             f"name {train}")
+    if os.path.realpath(train) == os.path.realpath(test):
+        fail(f"--data {name}: {test} is {train} by a link; its accuracy would mean nothing")
+    return train, test
+
+
+def load_folder(name, image_size, workers):
+    """A folder of images, with or without classes, as `Data`."""
+    train_dir, test_dir = find_splits(name)
+    test, train_labels, test_labels, classes = [], None, None, None
+    if test_dir is None:
+        train = list_images(train_dir)
+    else:
+        train, train_labels, classes = list_classes(train_dir)
+        test, test_labels, test_classes = list_classes(test_dir)
+        odd = sorted(set(classes) ^ set(test_classes))
+        if odd:
+            fail(f"--data {name}: {train_dir} and {test_dir} must have the same class folders with "
+                 f"images; only one of them has {', '.join(odd[:5])}")
+    if not train:
+        where = "in a class folder of" if test_dir else "in"
+        fail(f"--data {name}: there is no image {where} {train_dir}")
+    listing = "\n".join([*(classes or []), *train, *test])
+    fingerprint = hashlib.sha256(os.fsencode(listing)).hexdigest()[:12]
+    train = [os.path.join(train_dir, file) for file in train]
+    test = [os.path.join(test_dir, file) for file in test]
+
+    # The size of the images is the median of a sample's shorter sides.
+    shapes = {}
+    for path in train[::math.ceil(len(train) / 64)]:
+        with contextlib.suppress(OSError):          # named, and counted, when all files are read
+            shapes[path] = decode(path).shape[-2:]
+    if not shapes:
+        fail(f"--data {name}: cannot decode {train[0]}")
+    size = int(np.median([min(shape) for shape in shapes.values()]))
+    if size > SMALL:
+        return Data(name, train, train_labels, test, test_labels, size, classes, fingerprint)
+
+    # Small images are read once, and all have one size. Labels follow those that can be decoded.
+    size = image_size or size
+    odd = [path for path, shape in shapes.items() if shape != (size, size)]
+    if odd and not image_size:
+        print(f"resized to {size} x {size} pixels, as are all of other sizes: {', '.join(odd[:5])}")
+    train, kept = decode_all(name, train, size, workers)
+    if classes:
+        train_labels = train_labels[kept]
+        test, kept = decode_all(name, test, size, workers)
+        test_labels = test_labels[kept]
+    return Data(name, train, train_labels, test, test_labels, size, classes, fingerprint)
+
+
+def decode_all(name, paths, size, workers):
+    """(uint8 (n, 3, S, S), their n indices) of the files that can be decoded."""
+    chunks = list(squares(name, paths, size, workers, torch.device("cpu")))
+    kept = [i for _, index in chunks for i in index]
+    return torch.cat([images for images, _ in chunks]), kept
+
+
+def load_torchvision(name):
+    """One of torchvision's data sets, downloaded to .data/ if need be, as `Data`."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank > 0:
+        dist.barrier()                              # the first process of a machine downloads
+    kind = getattr(torchvision.datasets, name.upper())
+    splits = ("train+unlabeled", "test") if name == "stl10" else (True, False)
+    try:
+        train = kind(".data", splits[0], download=True)
+        test = kind(".data", splits[1], download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        fail(f"--data {name}: not found under .data/, and the download failed ({reason})")
+    if local_rank == 0 and world_size() > 1:
+        dist.barrier()
+
+    parts = []
+    for dataset in (train, test):
+        images = torch.as_tensor(dataset.data)
+        if name == "stl10":
+            labels = dataset.labels
+        else:
+            labels = dataset.targets
+            images = images.movedim(3, 1).contiguous()      # CIFAR's channels come last
+        parts += [images, torch.as_tensor(labels).long()]
+    return Data(name, *parts, parts[0].shape[-1], train.classes, name)
+
+
+BUILT_IN = ("shapes", "cifar10", "cifar100", "stl10", "fake")
+
+
+def load_data(name, image_size=None, workers=0):
+    """Everything that --data can name, as `Data`. Bad input ends in `fail`."""
+    if name in BUILT_IN and os.path.isdir(name):
+        print(f"--data {name}: the built-in data; the folder of that name is ./{name}")
+    folder = os.path.expanduser(name)
+    if name == "shapes":
+        data = Data(name, *draw_shapes(4000, 1), *draw_shapes(1000, 2), 32, SHAPES, name)
+    elif name == "fake":
+        x = torch.randint(256, (640, 3, 32, 32), generator=rng("fake"), dtype=torch.uint8)
+        y = torch.arange(640) % 10
+        data = Data(name, x[:512], y[:512], x[512:], y[512:], 32, list("0123456789"), name)
+    elif name in BUILT_IN:
+        data = load_torchvision(name)
+    elif os.path.isdir(folder):
+        data = load_folder(folder, image_size, workers)
+    else:
+        fail(f"--data {name}: no such folder, and not one of {', '.join(BUILT_IN)}")
+
+    if image_size and torch.is_tensor(data.train):
+        data = data._replace(train=fit(data.train, image_size), size=image_size)
+        if data.test_labels is not None:
+            data = data._replace(test=fit(data.test, image_size))
+    return data
+
+
+def training_batches(data, recipes, args, rank, world, device, start, stop):
+    """Yield, for each step in [start, stop), (views, index): this process's share of the batch.
+
+    views (m, n, 3, S, S) float: one augmented view per recipe; index: the n images they show.
+    Order = f(seed, epoch), crops of files = f(seed, epoch, image), all else = f(seed, step, view):
+    the views depend neither on the number of processes, nor on workers or the device."""
+    batch_size = args.images_per_step
+    per_epoch = len(data.train) // batch_size
+    n = batch_size // world
+    share = slice(rank * n, (rank + 1) * n)
+
+    def batches():
+        order = None
+        for step in range(start, stop):
+            epoch, i = divmod(step, per_epoch)
+            if i == 0 or order is None:
+                order = torch.randperm(len(data.train), generator=rng(args.seed, epoch))
+            batch = order[i * batch_size:(i + 1) * batch_size]
+            yield [(epoch, image) for image in batch[share].tolist()]
+
+    in_memory = torch.is_tensor(data.train)
+    if in_memory:
+        images = data.train.to(device)
+        loader = ((None, [image for _, image in batch]) for batch in batches())
+    else:
+        files = Crops(data.train, args.image_size, len(recipes), recipes[0], args.seed)
+        loader = read_files(data.name, files, batches(), args.workers, device)
+
+    for step, (crops, index) in enumerate(loader, start):
+        if in_memory:
+            batch = images[to_device(torch.tensor(index), device)]
+            crops = [batch] * len(recipes)
+        views = []
+        for v, recipe in enumerate(recipes):
+            # The draws are made for the joined batch of all processes, each takes its share.
+            g = rng(args.seed, step, v, 0)
+            order = torch.randperm(4, generator=g).tolist()
+            u = torch.rand(batch_size, AUGMENT_DRAWS, generator=g)[share]
+            size = args.image_size if in_memory else None
+            views.append(augment(crops[v], to_device(u, device), order, recipe, size))
+        yield torch.stack(views), index
+
+
+# ---- augmentation: batched, one draw per sample --------------------------------------------------
+BOX_DRAWS = 22          # random numbers of a box: ten tries of area and of aspect ratio, a position
+AUGMENT_DRAWS = 32      # random numbers of a view: those of its box, and ten more
+
+
+def random_boxes(u, height, width, scale, ratio):
+    """Boxes (n, 4) of top, left, height, width, by the rule of torchvision's RandomResizedCrop.
+
+    u (n, BOX_DRAWS) uniform in [0, 1); scale: the range of the share of the image's area; ratio:
+    the range of width / height. The first of ten tries that fits counts. In strips often none does:
+    then it is the largest box of an allowed ratio, at a random place, torchvision's is central."""
+    area = (scale[0] + (scale[1] - scale[0]) * u[:, :10]) * height * width
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(log_low + (log_high - log_low) * u[:, 10:20])
+    w = (area * aspect).sqrt().round()
+    h = (area / aspect).sqrt().round()
+    # An eleventh try, which always fits.
+    w = F.pad(w, (0, 1), value=min(width, round(height * ratio[1])))
+    h = F.pad(h, (0, 1), value=min(height, round(width / ratio[0])))
+
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    w = w.gather(1, first).squeeze(1)
+    h = h.gather(1, first).squeeze(1)
+    top = (u[:, 20] * (height - h + 1)).floor()
+    left = (u[:, 21] * (width - w + 1)).floor()
+    return torch.stack([top, left, h, w], dim=1)
+
+
+def crop_resize(x, boxes, size):
+    """Box i of image i, resized: x (n, 3, H, W), boxes (n, 4) -> (n, 3, size, size)."""
+    image = torch.arange(len(x), device=x.device, dtype=x.dtype)
+    top, left, h, w = boxes.unbind(1)
+    corners = torch.stack([image, left, top, left + w, top + h], dim=1)
+    return torchvision.ops.roi_align(x, corners, (size, size), aligned=True)
+
+
+def luma(x):
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def brightness(x, factor):
+    return (x * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def contrast(x, factor):
+    mean = luma(x.mean((2, 3), keepdim=True))
+    return torch.lerp(mean, x, factor[:, None, None, None]).clamp_(0, 1)
+
+
+def saturation(x, factor):
+    return torch.lerp(luma(x), x, factor[:, None, None, None]).clamp_(0, 1)
+
+
+def hue(x, turn):
+    """Turn the hue of image i by turn_i turns, in [-0.5, 0.5]: RGB -> HSV -> RGB.
+
+    Red lies at 0 turns, green at 1/3, blue at 2/3. A channel is highest up to 1/6 turn from its own
+    hue, lowest from 1/3 turn on, linear between."""
+    r, g, b = x.unbind(1)
+    low = x.amin(1)
+    high = x.amax(1)
+    chroma = (high - low).clamp(min=1e-6)
+    sextant = torch.where(high == g, (b - r) / chroma + 2, (r - g) / chroma + 4)
+    sextant = torch.where(high == r, (g - b) / chroma, sextant)
+    angle = sextant / 6 + turn[:, None, None]
+
+    # near: 1/2 at the channel's own hue, 0 at the opposite one. Two turns more: frac needs >= 0.
+    own = torch.arange(3, device=x.device)[:, None, None] / 3
+    near = (angle[:, None] + (2 - own)).frac_().sub_(0.5).abs_()
+    share = near.mul_(6).sub_(1).clamp_(0, 1)
+    return torch.lerp(low[:, None], high[:, None], share)
+
+
+def gaussian_blur(x, sigma):
+    """Blur image i of x (n, 3, S, S) with sigma_i pixels, reflected at the border; 0 = not at all.
+
+    The kernel spans a tenth of the image, as in SimCLR. Blurring is a matrix (S, S) per axis."""
+    size = x.shape[2]
+    radius = max(1, round((0.1 * size - 1) / 2))
+    tap = torch.arange(-radius, radius + 1, device=x.device)
+    weight = torch.exp(-0.5 * (tap / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    weight = weight / weight.sum(1, keepdim=True)                       # (n, taps)
+
+    eye = torch.eye(size, device=x.device)[None]
+    eye = F.pad(eye, (radius, radius), mode="reflect")[0]
+    shifts = eye.unfold(1, 2 * radius + 1, 1)                           # (S, S, taps)
+    along = torch.einsum("nt,jit->nij", weight, shifts)[:, None]        # (n, 1, S, S)
+    return along @ x @ along.mT
+
+
+def augment(images, u, order, recipe, size=None):
+    """One view of each image, a pure function of the random numbers that it is given.
+
+    images (n, 3, H, W) uint8 -> (n, 3, S, S) float, normalised. u (n, AUGMENT_DRAWS) uniform in
+    [0, 1); order: a permutation of the four colour operations; recipe: see RECIPES in a script;
+    size: S, or None for images that are cropped already."""
+    box_draws, draws = u[:, :BOX_DRAWS], u[:, BOX_DRAWS:]
+    flip, jitter, _, _, _, _, gray, blur, sigma, solarize = draws.unbind(1)
+    x = images.float().div_(255)
+    if size:
+        boxes = random_boxes(box_draws, *x.shape[2:], recipe["crop"], recipe["ratio"])
+        x = crop_resize(x, boxes, size)
+    x = torch.where(below(flip, recipe["flip"]), x.flip(3), x)
+
+    operations = (brightness, contrast, saturation, hue)
+    jittered = jitter < recipe["jitter_p"]
+    for i in order:
+        strength = recipe["jitter"][i]
+        change = (2 * draws[:, 2 + i] - 1) * strength * jittered
+        if strength and operations[i] is hue:
+            x = hue(x, change)
+        elif strength:
+            x = operations[i](x, 1 + change)
+
+    if recipe["gray_p"]:
+        x = torch.where(below(gray, recipe["gray_p"]), luma(x), x)
+    if recipe["blur_p"]:
+        x = gaussian_blur(x, (0.1 + 1.9 * sigma) * (blur < recipe["blur_p"]))
+    if recipe["solarize_p"]:
+        x = torch.where(below(solarize, recipe["solarize_p"]) & (x >= 0.5), 1 - x, x)
+    return normalize(x, recipe)
+
+
+def below(u, p):
+    return (u < p)[:, None, None, None]
+
+
+def normalize(x, recipe):
+    return (x - per_channel(recipe["mean"], x)) / per_channel(recipe["std"], x)
+
+
+def denormalize(x, recipe):
+    """For pictures: the inverse of `normalize`."""
+    return (x * per_channel(recipe["std"], x) + per_channel(recipe["mean"], x)).clamp(0, 1)
+
+
+def per_channel(numbers, x):
+    return to_device(torch.tensor(numbers), x.device)[:, None, None]
+
+
+def to_device(x, device):
+    """A CPU tensor on `device` without waiting: only pinned memory is copied asynchronously."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+# ---- backbones -----------------------------------------------------------------------------------
+def make_backbone(arch, image_size):
+    """(module without classifier, feature dimension).
+
+    resnet18 and resnet50 are torchvision's: weights load there with fc = Identity. Images up to 96
+    px get a 3x3 stem of stride 1, those up to 32 px no max-pool. resnet_tiny is for laptops."""
+    if arch == "resnet_tiny":
+        stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        blocks = [basic_block(16, 16), basic_block(16, 32), basic_block(32, 64)]
+        return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64
+
+    net = getattr(torchvision.models, arch)(weights=None)
+    dim = net.fc.in_features
+    net.fc = nn.Identity()
+    if image_size <= SMALL:
+        net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    if image_size <= 32:
+        net.maxpool = nn.Identity()
+    return net, dim
+
+
+def basic_block(inputs, outputs):
+    """torchvision's residual block; it halves the resolution where it widens."""
+    block = torchvision.models.resnet.BasicBlock
+    if inputs == outputs:
+        return block(inputs, outputs)
+    shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs))
+    return block(inputs, outputs, 2, shortcut)
 
 
 @contextlib.contextmanager
 def batch_stats_only(module):
-    """Train-mode BatchNorm uses the statistics of its batch and leaves its buffers alone, as inner loops need."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    """BatchNorm in train mode uses the statistics of its batch and leaves its buffers alone.
+
+    Inner loops need that: their passes are not passes of the network that is trained."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracking = [m for m in norms if m.track_running_stats]
     try:
-        for m in norms:
+        for m in tracking:
             m.track_running_stats = False
         yield
     finally:
-        for m in norms:
+        for m in tracking:
             m.track_running_stats = True
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------
-def setup_distributed():
-    """(rank, world, device) from torchrun's environment; without it one process on one GPU or the CPU."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            fail(f"--nproc-per-node: process {local} of this machine has no GPU, there are {torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if world > 1:       # gloo beside nccl: what the processes agree about on the host must not wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))     # the others wait for evaluations
+# ---- k-NN monitor --------------------------------------------------------------------------------
+@torch.no_grad()
+def extract_features(backbone, data_name, images, size, recipe, workers, device):
+    """(features (n, d) float32 on `device`, the n indices of their images), not augmented.
+
+    images: a tensor or file names. Large images are cut to the central 224 / 256."""
+    was_training = backbone.training
+    backbone.eval()
+    resize = round(size * 256 / 224) if size > SMALL else None
+    features, kept = [], []
+    for x, index in squares(data_name, images, size, workers, device, resize):
+        features.append(backbone(normalize(x.float() / 255, recipe)).float())
+        kept += index
+    backbone.train(was_training)
+    return torch.cat(features), torch.tensor(kept)
+
+
+@torch.no_grad()
+def nearest(bank, queries, k, metric):
+    """(similarities (N, k), indices (N, k)) of the k nearest rows of bank (M, d) to queries (N, d).
+
+    metric: cosine, or euclidean, whose similarity is minus the distance. The bank is read in parts:
+    it may fill half of the memory."""
+    centre = bank.mean(0)           # distances lose the digits that a common offset takes
+    similarities, indices = [], []
+    for q in queries.split(1024):
+        best = torch.empty(len(q), 0, device=q.device)
+        index = torch.empty(len(q), 0, dtype=torch.int64, device=q.device)
+        for start in range(0, len(bank), 65536):
+            part = bank[start:start + 65536]
+            if metric == "cosine":
+                near = F.normalize(q, dim=1) @ F.normalize(part, dim=1).T
+            else:
+                near = -torch.cdist(q - centre, part - centre)
+            near, row = near.topk(min(k, len(part)), dim=1)
+            best = torch.cat([best, near], dim=1)
+            index = torch.cat([index, start + row], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            index = index.gather(1, order)
+        similarities.append(best)
+        indices.append(index)
+    return torch.cat(similarities), torch.cat(indices)
+
+
+def vote(near, labels, metric, temperature=0.07):
+    """Predicted classes (N,) from similarities (N, k) and the neighbours' labels (N, k).
+
+    euclidean: majority, the papers' protocol; cosine: weights exp(cos / temperature), the field's.
+    A tie goes to the lower class."""
+    weight = torch.ones_like(near)
+    if metric == "cosine":
+        weight = ((near - 1) / temperature).exp()
+    votes = torch.zeros(len(near), int(labels.max()) + 1, device=near.device)
+    return votes.scatter_add_(1, labels, weight).argmax(1)
+
+
+def knn_accuracy(bank, bank_labels, queries, query_labels, k=5, metric="euclidean"):
+    """Top-1 accuracy in percent of k nearest neighbours: bank (M, d), queries (N, d)."""
+    near, index = nearest(bank, queries, k, metric)
+    predicted = vote(near, bank_labels[index], metric)
+    return 100 * (predicted == query_labels).float().mean().item()
+
+
+def embedding_std(z):
+    """sqrt(d) times the mean standard deviation of a dimension of z (n, d), rows of unit norm.
+
+    1 = isotropic, 0 = collapsed."""
+    return F.normalize(z, dim=1).std(0).mean() * z.shape[1] ** 0.5
+
+
+def effective_rank(z):
+    """exp(entropy of the normalised singular values) of the centred z (n, d): 1 to min(n, d)."""
+    s = torch.linalg.svdvals((z - z.mean(0)).float())
+    p = s / s.sum().clamp(min=1e-12)
+    return torch.special.entr(p).sum().exp()
+
+
+def monitor(backbone, data, args, recipe, device):
+    """k-NN accuracy in percent, both protocols; {} without labels. backbone None: of raw pixels.
+
+    Of at most 20,000 training and 10,000 test images; on a CPU a fifth, to save minutes."""
+    if data.test_labels is None:
+        return {}
+    share = 5 if device.type == "cpu" else 1
+    parts = []
+    for images, labels, limit in ((data.train, data.train_labels, 20000 // share),
+                                  (data.test, data.test_labels, 10000 // share)):
+        rows = (labels >= 0).nonzero()[:, 0]
+        rows = rows[torch.randperm(len(rows), generator=rng(0))[:limit]]    # files come by class
+        if torch.is_tensor(images):
+            images = images[rows]
+        else:
+            images = [images[i] for i in rows]
+        x, kept = extract_features(backbone or nn.Flatten(), data.name, images, args.image_size,
+                                   recipe, args.workers, device)
+        parts += [x, labels[rows][kept].to(device)]
+    found = {"knn5": knn_accuracy(*parts),
+             "knn200_cosine": knn_accuracy(*parts, k=200, metric="cosine")}
+    if backbone is not None:
+        found["rank_h"] = effective_rank(parts[2]).item()
+    return found
+
+
+# ---- processes -----------------------------------------------------------------------------------
+def setup_processes(device_name):
+    """(rank, world, device) from torchrun's environment; one process without it."""
+    env = os.environ
+    rank = int(env.get("RANK", 0))
+    world = int(env.get("WORLD_SIZE", 1))
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if key not in env]
+    if tasks > 1 and "RANK" in missing:
+        fail(f"srun started {tasks} tasks without RANK: each would train by itself in the same "
+             "folder; start one torchrun per machine")
+    if world > 1 and missing:
+        fail(f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set: start with torchrun, or "
+             "unset WORLD_SIZE")
+
+    device = choose_device(device_name)
+    if world > 1:
+        # gloo beside nccl: what the processes agree about on the host must not wait for the GPU.
+        # The others wait for the first one's evaluations, hence two hours.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     return rank, world, device
+
+
+def choose_device(name):
+    """The device of --device; without a name this process's GPU, or else the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps: this machine has none")
+    if name != "cuda":
+        return torch.device(name)
+
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    found = torch.cuda.device_count()
+    if local >= found:
+        fail(f"--device cuda: process {local} of this machine has no GPU, there are {found}")
+    torch.cuda.set_device(local)
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda", local)
 
 
 def world_size():
@@ -159,7 +949,7 @@ def world_size():
 
 
 class AllReduceSum(torch.autograd.Function):
-    """Sum over processes that autograd sees: its backward is itself, so it can be differentiated twice."""
+    """Sum over processes that autograd sees: its backward pass is itself, at every order."""
     @staticmethod
     def forward(ctx, x):
         x = x.clone()
@@ -176,8 +966,10 @@ def all_reduce_sum(x):
 
 
 def gather_batch(z, dim=0):
-    """Concatenate every process's `z` along `dim`, in rank order. If all processes then compute the same loss on the result,
-    `average_gradients` gives the gradient of one process on the joined batch."""
+    """Every process's `z` joined along `dim`, in rank order.
+
+    If all processes compute the same loss on the result, `average_gradients` gives the gradient of
+    one process on the joined batch."""
     if world_size() == 1:
         return z
     slots = [torch.zeros_like(z) for _ in range(world_size())]
@@ -186,717 +978,339 @@ def gather_batch(z, dim=0):
 
 
 def average_gradients(params):
-    """Mean of .grad over processes, one all-reduce of all gradients laid end to end. No DDP wrapper: it silently skips
-    gradients taken by `autograd.grad` and `functional_call`, which is how the bi-level steps take theirs."""
-    if world_size() > 1:
-        grads = [p.grad for p in params if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        flat /= world_size()
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(mean.view_as(g))
-
-
-class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batch of all processes, of inputs (n, C, ...), with statistics that autograd follows from process to process, on a CPU too
-    (torch's own needs a GPU). A pass within `batch_stats_only`, such as a task's own, keeps to the statistics of its batch."""
-    def _check_input_dim(self, x):
-        pass
-
-    def forward(self, x):
-        if not (self.training and self.track_running_stats and world_size() > 1):
-            return super().forward(x)
-        wide, axes, shape = x.to(torch.promote_types(x.dtype, torch.float32)), [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
-        var, mean = gather_batch(torch.stack(torch.var_mean(wide, axes, correction=0))[None]).unbind(1)       # (processes, C) each, of equal batches
-        var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)
-        with torch.no_grad():
-            n = world_size() * x.numel() / x.shape[1]
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (wide * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
-
-
-def sync_batch_norms(nets):
-    for m in nets.modules():
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            m.__class__ = SyncBatchNorm                                 # the same parameters under the same names: checkpoints do not change
-
-
-# ---- augmentation: batched, one draw per sample ---------------------------------------------------------------------
-def random_boxes(n, height, width, scale, ratio, g):
-    """n boxes (top, left, height, width) by the rule of torchvision's RandomResizedCrop: 10 tries, then the centre."""
-    area, log_ratio = torch.empty(n, 10).uniform_(*scale, generator=g), torch.empty(n, 10).uniform_(*map(math.log, ratio), generator=g)
-    area, aspect = area * height * width, log_ratio.exp()
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)
-    w, h, fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
-    u = torch.rand(n, 2, generator=g)
-    top, left = (u[:, 0] * (height - h + 1)).floor(), (u[:, 1] * (width - w + 1)).floor()
-    fall_w = round(height * ratio[1]) if width / height > ratio[1] else width
-    fall_h = round(width / ratio[0]) if width / height < ratio[0] else height
-    fallback = torch.tensor([(height - fall_h) // 2, (width - fall_w) // 2, fall_h, fall_w], dtype=torch.float32)
-    return torch.where(fits[:, None], torch.stack([top, left, h, w], 1), fallback)
-
-
-def _resize_matrix(start, length, size_in, size_out):
-    """(n, size_out, size_in) rows of the antialiased bilinear filter that maps [start, start + length) to size_out pixels."""
-    scale = (length / size_out)[:, None]
-    pixel = torch.arange(size_in, device=start.device) + 0.5
-    centre = start[:, None] + (torch.arange(size_out, device=start.device) + 0.5) * scale
-    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
-    weight = (pixel - centre[..., None]).abs_().div_(-scale.clamp(min=1)[..., None]).add_(1).clamp_(min=0).mul_(inside[:, None])
-    return weight / weight.sum(-1, keepdim=True)
-
-
-def crop_resize(images, boxes, flip, size):
-    """Resize box i of image i to (size, size) and mirror it where flip: crop, resize and flip are linear and separable, so all
-    three are one matrix per axis. images (n, 3, H, W) float, boxes (n, 4), flip (n,) bool -> (n, 3, size, size)."""
-    top, left, h, w = boxes.unbind(1)
-    rows, cols = _resize_matrix(top, h, images.shape[2], size), _resize_matrix(left, w, images.shape[3], size)
-    cols = torch.where(flip[:, None, None], cols.flip(1), cols)
-    return rows[:, None] @ images @ cols[:, None].mT
-
-
-def gaussian_blur(x, sigma):
-    """Blur image i of x (n, 3, S, S) with sigma_i pixels (0 = leave alone), reflected at the border; the kernel spans a tenth
-    of the image, as in SimCLR."""
-    radius = max(1, round((0.1 * x.shape[2] - 1) / 2))
-    tap = torch.arange(-radius, radius + 1, device=x.device)
-    weight = torch.exp(-0.5 * (tap / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    weight = weight / weight.sum(1, keepdim=True)                                                        # (n, taps)
-    eye = F.pad(torch.eye(x.shape[2], device=x.device)[None], (radius, radius), mode="reflect")[0]
-    along = torch.einsum("nt,jit->nij", weight, eye.unfold(1, 2 * radius + 1, 1))[:, None]               # (n, 1, S, S)
-    return along @ x @ along.mT
-
-
-def _luma(x):
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-
-
-def grayscale(x):
-    return _luma(x).expand_as(x)
-
-
-def brightness(x, f):
-    return (x * f[:, None, None, None]).clamp_(0, 1)
-
-
-def contrast(x, f):
-    return torch.lerp(_luma(x).mean((2, 3), keepdim=True), x, f[:, None, None, None]).clamp_(0, 1)
-
-
-def saturation(x, f):
-    return torch.lerp(_luma(x), x, f[:, None, None, None]).clamp_(0, 1)
-
-
-def hue(x, f):
-    """Turn the HSV hue by f_i turns, f in [-.5, .5]. Channel c is v - chroma * clamp(min(k, 4 - k), 0, 1), k = (n_c + h) mod 6."""
-    r, g, b = x.unbind(1)
-    v = x.amax(1)
-    chroma = v - x.amin(1)
-    safe = torch.where(chroma > 0, chroma, 1)
-    h = torch.where(v == r, (g - b) / safe, torch.where(v == g, (b - r) / safe + 2, (r - g) / safe + 4)) + 6 * f[:, None, None]
-    k = (h[:, None] + torch.arange(5, 0, -2, device=x.device)[:, None, None]).remainder_(6)
-    return v[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
-
-
-def to_device(x, device):
-    """A small CPU tensor, without waiting for the GPU: only copies from pinned memory are asynchronous."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
-def augment(images, recipe, g, size=None, crop=True, share=slice(None), total=None):
-    """One view of every image. The draws are made for the joined batch of `total` images, of which this process holds `share`: the
-    views do not depend on the number of processes, nor on the device.
-
-    images (n, 3, H, W) uint8 -> (n, 3, S, S) float, normalised. recipe: see RECIPES in a script. crop=False: only flip, S = H."""
-    total, device = total or len(images), images.device
-    boxes = to_device(random_boxes(total, *images.shape[2:], recipe["crop"], recipe["ratio"], g)[share], device) if crop else None
-    orders = [torch.randperm(4, generator=g).tolist() for _ in range(4)]
-    u = to_device(torch.rand(total, 10, generator=g)[share], device)
-    flip, jittered = u[:, 0] < recipe["flip"], u[:, 1] < recipe["jitter_p"]
-    x = images.float().div_(255)
-    x = crop_resize(x, boxes, flip, size or x.shape[2]) if crop else torch.where(flip[:, None, None, None], x.flip(3), x)
-    ops = (brightness, contrast, saturation, hue)
-    factors = [(2 * u[:, 2 + i] - 1) * recipe["jitter"][i] * jittered + (i < 3) for i in range(4)]
-    start = share.start or 0
-    for quarter, order in enumerate(orders):        # the order of the four operations is drawn for each quarter of the joined batch
-        rows = slice(*(min(max(-(-q * total // 4) - start, 0), len(x)) for q in (quarter, quarter + 1)))
-        part = x[rows]
-        for i in order if recipe["jitter_p"] and len(part) else ():
-            part = ops[i](part, factors[i][rows].clamp(min=0) if i < 3 else factors[i][rows])
-        x[rows] = part
-    pick = lambda column, p: (u[:, column] < p)[:, None, None, None]
-    if recipe["gray_p"]:
-        x = torch.where(pick(6, recipe["gray_p"]), grayscale(x), x)
-    if recipe["blur_p"]:
-        x = gaussian_blur(x, (0.1 + 1.9 * u[:, 8]) * (u[:, 7] < recipe["blur_p"]))
-    if recipe["solarize_p"]:
-        x = torch.where(pick(9, recipe["solarize_p"]) & (x >= 0.5), 1 - x, x)
-    return normalize(x, recipe["mean"], recipe["std"])
-
-
-@functools.cache
-def constant(values, device):
-    return torch.tensor(values, device=device)[:, None, None]
-
-
-def normalize(x, mean, std):
-    return (x - constant(tuple(mean), x.device)) / constant(tuple(std), x.device)
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
-# train, test: uint8 (N, 3, S, S), or a list of file names; *_labels: int64 (N,), -1 = none, or None; size: pixels of an image's side;
-# classes: their names, or None; files: names of the training images where they came as files, or None
-Data = namedtuple("Data", "name train train_labels test test_labels size classes files", defaults=(None, None))
-
-
-SHAPES = ["disc", "ring", "square", "frame", "triangle", "cross", "star", "moon", "stripes", "checks"]
-
-
-def draw_shapes(n, seed):
-    """n 32x32 wallpapers of ten classes: one small figure each, repeated with random turn, scale, shift, colours, shading and noise. A crop
-    shows the figure too, so its class survives augmentation; pixels tell it badly. Returns (uint8 (n, 3, 32, 32), int64 (n,))."""
-    g = rng(seed)
-    label, u = torch.arange(n) % 10, torch.rand(n, 7, 1, 1, generator=g).unbind(1)
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
-    turn, half = 2 * math.pi * u[0], 0.3 + 0.3 * u[1]                                       # half the side of a tile
-    a = 1.15 * (((turn.cos() * x - turn.sin() * y) / half + 2 * u[2]) % 2 - 1)              # coordinates in a tile
-    b = 1.15 * (((turn.sin() * x + turn.cos() * y) / half + 2 * u[3]) % 2 - 1)
-    r, box, wave = (a ** 2 + b ** 2).sqrt(), torch.maximum(a.abs(), b.abs()), lambda t: torch.sin(math.pi * t / 1.15)
-    depth = [0.95 - r, 0.2 - (r - 0.7).abs(), 0.8 - box, 0.17 - (box - 0.7).abs(),          # disc, ring, square, frame
-             0.5 - torch.maximum(-b, 0.87 * a.abs() + 0.5 * b),                             # triangle
-             torch.minimum(0.3 - torch.minimum(a.abs(), b.abs()), 1 - box),                 # cross
-             0.65 + 0.35 * torch.cos(5 * torch.atan2(b, a)) - r,                            # star
-             torch.minimum(1 - r, ((a - 0.5) ** 2 + b ** 2).sqrt() - 0.8),                  # moon
-             0.4 - b.abs(), 0.3 * wave(a) * wave(b)]                                        # stripes, checks
-    mask = (torch.stack(depth)[label, torch.arange(n)] * 14 * half + 0.5).clamp(0, 1)[:, None]
-    tint = 0.15 * torch.rand(2, n, 3, 1, 1, generator=g) - 0.075
-    ink = torch.where(u[4] < 0.5, 0.25, -0.25)[:, None]
-    shade = 0.3 * ((u[5] - 0.5) * x + (u[6] - 0.5) * y)[:, None] + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
-    image = 0.5 + mask * (ink + tint[0]) - (1 - mask) * (ink + tint[1]) + shade
-    return (image.clamp(0, 1) * 255).byte(), label
-
-
-def decode(path):
-    """uint8 (3, H, W), upright; OSError where no decoder can read the file."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) == b"\x89PNG":
-                with Image.open(path) as image:
-                    image.verify()                              # of damaged pixels torchvision's decoder dies, and the run with it
-        image = torchvision.io.decode_image(path, "RGB", apply_exif_orientation=True)
-        return TF.to_dtype(image if image.ndim == 3 else image[0], torch.uint8, scale=True)     # a 16-bit PNG; the first of an animation's frames
-    except (RuntimeError, AttributeError):                      # BMP, TIFF, a wrong suffix, or a torchvision without decoders
-        return decode_slowly(path)
-    except OSError:
-        raise
-    except Exception as error:                                  # Pillow raises a dozen types for broken files
-        raise OSError(str(error)) from error
-
-
-def decode_slowly(path):
-    """As `decode`, by Pillow."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise OSError("neither 8 nor 16 bits per channel")
-            return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:
-        raise OSError(str(error)) from error
-
-
-def fit(images, size, resize=None):
-    """Shorter side to `resize` (default `size`), antialiased, then the central square of `size`."""
-    if images.shape[-2:] == (size, size):
-        return images
-    h, w = images.shape[-2:]
-    if max(h, w) > 3 * min(h, w):                               # a strip of one pixel by thousands would be resized to gigabytes
-        images = TF.center_crop(images, [min(h, 3 * w), min(w, 3 * h)])
-    return TF.center_crop(TF.resize(images, [resize or size], antialias=True), [size, size])
-
-
-def _collate(items):
-    kept = [item for item in items if item[0] is not None]
-    return (torch.stack([x for x, _, _ in kept], 1) if kept else None), [i for _, i, _ in kept], [p for *_, bad in items for p in bad]
-
-
-def _worker_signals(_):
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)                                        # Ctrl-C and a group's SIGTERM are for the main process, which ends its workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class Files(torch.utils.data.Dataset):
-    """Decodes in workers. views > 0: item (epoch, i) -> that many random crops; views = 0: item i -> the central square. With each item comes
-    the index of the file it was read from."""
-    def __init__(self, name, paths, size, resize=None, seed=0, views=0, recipe=None):
-        self.name, self.paths, self.size, self.resize = name, paths, size, resize
-        self.seed, self.views, self.recipe = seed, views, recipe
-
-    def __getitem__(self, key):
-        epoch, first = key if self.views else (0, key)
-        bad = []
-        for i in range(first, first + (len(self.paths) if self.views else 1)):      # while training, a bad file's successor serves
-            try:
-                image = decode(self.paths[i % len(self.paths)])
-            except OSError:
-                bad.append(self.paths[i % len(self.paths)])
-                continue
-            if not self.views:
-                return fit(image, self.size, self.resize)[None], i, bad
-            boxes = random_boxes(self.views, *image.shape[1:], self.recipe["crop"], self.recipe["ratio"], rng(self.seed, epoch, first))
-            crops = [TF.resized_crop(image, *box, [self.size] * 2, antialias=True) for box in boxes.int().tolist()]
-            return torch.stack(crops), i % len(self.paths), bad
-        return None, first, bad
-
-    def batches(self, sampler, workers, device):
-        """Yield (views or 1, n, 3, S, S) uint8 on `device` and the n indices. A bad file is named once; too many end the run."""
-        seen = set()
-        for x, index, bad in torch.utils.data.DataLoader(self, batch_sampler=sampler, num_workers=workers, collate_fn=_collate,
-                                                         worker_init_fn=_worker_signals, pin_memory=device.type == "cuda"):
-            for path in sorted(set(bad) - seen):
-                print(f"left out: {path} cannot be decoded", file=sys.stderr)
-            seen.update(bad)
-            if len(seen) > math.ceil(BAD_FRACTION * len(self.paths)):
-                fail(f"--data {self.name}: {path} and others, over {BAD_FRACTION:.0%} of {len(self.paths)} images, cannot be decoded")
-            if x is not None:
-                yield x.to(device, non_blocking=True), index
-
-
-def squares(name, images, size, workers, device, resize=None):
-    """Yield (uint8 (n, 3, S, S) on `device`, their n indices) over a tensor or a list of files, in order, nothing random."""
-    batch = 512 if size <= SMALL else 128                       # a ResNet-50 at 224 px needs 10 MB per image
-    chunks = [range(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
-    if torch.is_tensor(images):
-        yield from ((fit(images[c.start:c.stop].to(device), size), c) for c in chunks)
-    else:
-        yield from ((x[0], i) for x, i in Files(name, images, size, resize).batches(chunks, workers, device))
-
-
-def decode_all(name, paths, size, workers):
-    """(uint8 (n, 3, S, S), their n indices) of the files that can be decoded; ([], []) for none."""
-    chunks = list(squares(name, paths, size, workers, torch.device("cpu")))
-    return torch.cat([x for x, _ in chunks]) if chunks else [], [i for _, index in chunks for i in index]
-
-
-def _load_torchvision(name):
-    sets, root = torchvision.datasets, ".data"
-    if name == "fake":
-        pair = [sets.FakeData(n, (3, 32, 32), 10, random_offset=o) for n, o in ((512, 0), (128, 512))]
-        return [(torch.stack([TF.pil_to_tensor(x) for x, _ in s]), torch.tensor([int(y) for _, y in s])) for s in pair], list("0123456789")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local > 0:
-        dist.barrier()                                                                  # the first process of a machine downloads
-    try:
-        make = (lambda s: sets.STL10(root, s, download=True)) if name == "stl10" else \
-               (lambda s: getattr(sets, name.upper())(root, s == "train+unlabeled", download=True))
-        pair = [make("train+unlabeled"), make("test")]
-    except (OSError, RuntimeError) as error:
-        fail(f"--data {name}: not found under {root}/, and the download failed ({str(error).splitlines()[0]})")
-    if local == 0 and world_size() > 1:
-        dist.barrier()
-    return [(torch.as_tensor(s.data if name == "stl10" else s.data.transpose(0, 3, 1, 2)).contiguous(),
-             torch.as_tensor(s.labels if name == "stl10" else s.targets).long()) for s in pair], pair[0].classes
-
-
-class ClassFolders(torchvision.datasets.ImageFolder):
-    """Folder of class folders, of which `only` (a list of names, or None for all) count."""
-    def __init__(self, root, only=None):
-        self.only = only
-        super().__init__(root)
-
-    def find_classes(self, directory):
-        classes, _ = super().find_classes(directory)
-        if missing := sorted(set(self.only or ()) - set(classes)):
-            fail(f"--classes: {directory} has no class folder {', '.join(missing[:5])}" + f" and {len(missing) - 5} more" * (len(missing) > 5))
-        classes = [c for c in classes if not c.startswith(".") and (self.only is None or c in self.only)]
-        return classes, {c: i for i, c in enumerate(classes)}
-
-
-def without_loops(name, files):
-    """`files`, or `fail` where links lead to one folder by two ways: its images would count twice."""
-    real = {}
-    for folder in sorted({os.path.dirname(f) for f in files}):
-        if (other := real.setdefault(os.path.realpath(folder), folder)) != folder:
-            fail(f"--data {name}: {other} and {folder} are the same folder, by a link; its images would count twice")
-    return files
-
-
-def read_classes(path):
-    """The class names in a file, one per line; None for no file."""
-    if path is None:
-        return None
-    try:
-        with open(path) as file:
-            names = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--classes {path}: cannot be read ({error})")
-    return names or fail(f"--classes {path}: names no class")
-
-
-def class_hash(classes):
-    """What to print of a class list so that two people can compare theirs: number and first digits of the SHA-256 of the sorted names, one per line."""
-    return None if classes is None else f"{len(classes)}, sha256 {hashlib.sha256(chr(10).join(sorted(classes)).encode()).hexdigest()[:12]}"
-
-
-def _list_folder(name, only=None):
-    """([(train files, labels), (test files, labels)], classes); labels and classes are None, the test part empty for a folder without classes."""
-    train_dir, test_dirs = os.path.join(name, "train"), [d for s in ("val", "test") if os.path.isdir(d := os.path.join(name, s))]
-    if not os.path.isdir(train_dir) and not test_dirs:
-        files = sorted(os.path.join(root, f) for root, _, names in os.walk(name, followlinks=True) for f in names)
-        if only:
-            fail(f"--classes: {name} has no class folders to choose from")
-        return [(without_loops(name, [f for f in files if f.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS)]), None), ([], None)], None
-    if not os.path.isdir(train_dir):
-        fail(f"--data {name}: has {test_dirs[0]} but no train/ folder")
-    if not test_dirs:
-        fail(f"--data {name}: has train/ but neither val/ nor test/; to train without labels name {train_dir}")
-    try:
-        train, test = (ClassFolders(d, only) for d in (train_dir, test_dirs[0]))
-    except FileNotFoundError as error:                                              # a class folder without images, or no class folder
-        fail(f"--data {name}: {str(error).split('. Supp')[0]}")
-    if train.classes != test.classes:
-        odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
-        fail(f"--data {name}: {train_dir} and {test_dirs[0]} must have the same class folders; only one of them has {odd}")
-    return [(without_loops(name, [f for f, _ in s.samples]), torch.tensor(s.targets)) for s in (train, test)], train.classes
-
-
-def one_spelling(name):
-    """What --data names, or "A -> B" of two of them, with folders by their real paths: to compare."""
-    return " -> ".join(os.path.realpath(part) if os.path.isdir(part) else part for part in name.split(" -> "))
-
-
-def load_data(name, image_size=None, workers=0, only=None):
-    """Everything that --data can name, as Data; only: a file of class names. Bad input ends in `fail`."""
-    files, only = None, read_classes(only)
-    if only and not os.path.isdir(name):
-        fail(f"--classes: goes with a folder of class folders, not with --data {name}")
-    if name == "shapes":
-        sets, classes = [draw_shapes(4000, 1), draw_shapes(1000, 2)], SHAPES
-    elif name in ("cifar10", "cifar100", "stl10", "fake"):
-        sets, classes = _load_torchvision(name)
-    elif not os.path.isdir(name):
-        fail(f"--data {name}: no such folder, and not one of shapes, cifar10, cifar100, stl10, fake")
-    else:
-        (sets, classes), shapes = _list_folder(name, only), []
-        files = sets[0][0]
-        for path in sets[0][0][::max(1, len(sets[0][0]) // 16)][:16]:
-            with contextlib.suppress(OSError):                                  # a bad file is named, and counted, when all are read
-                shapes.append(decode(path).shape[-2:])
-        if not shapes:
-            fail(f"--data {name}: no images in it" if not sets[0][0] else f"--data {name}: cannot decode {sets[0][0][0]}")
-        if max(map(max, shapes)) > SMALL:
-            return Data(name, *sets[0], *sets[1], max(SMALL + 1, min(map(min, shapes))), classes, files)
-        for split, (paths, labels) in enumerate(sets):
-            x, kept = decode_all(name, paths, image_size or min(map(min, shapes)), workers)
-            sets[split] = x, labels if labels is None else labels[kept]
-            files = files if split else [paths[i] for i in kept]
-    size = image_size or sets[0][0].shape[-1]
-    return Data(name, *(part for x, labels in sets for part in (fit(x, size) if len(x) else x, labels)), size, classes, files)
-
-
-def training_views(data, recipes, image_size, batch_size, seed, rank, world, device, workers, start, stop, labelled=False):
-    """Yield, for each step in [start, stop), one augmented view per recipe of this process's share of the batch: a list of
-    (n, 3, S, S) floats; labelled: (that list, their labels (n,)). Order = f(seed, epoch), crops of files = f(seed, epoch, image), all else = f(seed, step, view)."""
-    per_epoch, n = len(data.train) // batch_size, batch_size // world
-    share, layout = slice(rank * n, (rank + 1) * n), torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    def indices():
-        for step in range(start, stop):
-            epoch, i = divmod(step, per_epoch)
-            if i == 0 or step == start:
-                order = torch.randperm(len(data.train), generator=rng(seed, epoch))
-            yield epoch, order[i * batch_size:(i + 1) * batch_size][share]
-    if torch.is_tensor(data.train):
-        images = data.train.to(device)
-        batches = (([images[to_device(i, device)]] * len(recipes), i) for _, i in indices())
-    else:
-        files = Files(data.name, data.train, image_size, None, seed, len(recipes), recipes[0])
-        batches = files.batches(([(epoch, i) for i in index.tolist()] for epoch, index in indices()), workers, device)
-    for step, (views, index) in enumerate(batches, start):
-        views = [augment(x, recipe, rng(seed, step, v, 0), image_size, torch.is_tensor(data.train), share, batch_size).contiguous(memory_format=layout)
-               for v, (x, recipe) in enumerate(zip(views, recipes))]
-        yield (views, to_device(data.train_labels[index], device)) if labelled else views
-
-
-# ---- backbones ------------------------------------------------------------------------------------------------------
-def make_backbone(arch, image_size):
-    """(module without classifier, feature dimension). resnet18/50 are torchvision's, so their weights load there with fc = Identity;
-    images up to 96 px get a 3x3 stem of stride 1, those up to 32 px no max-pool. resnet_tiny is for laptops."""
-    if arch == "resnet_tiny":
-        block = torchvision.models.resnet.BasicBlock
-        down = lambda i, o: block(i, o, 2, nn.Sequential(nn.Conv2d(i, o, 1, 2, bias=False), nn.BatchNorm2d(o)))
-        stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        return nn.Sequential(stem, block(16, 16), down(16, 32), down(32, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 64
-    net = getattr(torchvision.models, arch)(weights=None)
-    dim, net.fc = net.fc.in_features, nn.Identity()
-    if image_size <= SMALL:
-        net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    if image_size <= 32:
-        net.maxpool = nn.Identity()
-    return net, dim
-
-
-# ---- evaluation -----------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def extract_features(backbone, images, size, mean, std, workers, device, name=""):
-    """(features (n, d) float32 on `device`, indices (n,) of the images they belong to) of a frozen backbone, without augmentation."""
-    was_training, found, kept = backbone.training, [], []
-    backbone.eval()
-    for x, index in squares(name, images, size, workers, device, round(size * 256 / 224) if size > SMALL else None):
-        found.append(backbone(normalize(x.float() / 255, mean, std)).float())
-        kept += index
-    backbone.train(was_training)
-    return torch.cat(found), torch.tensor(kept)
-
-
-@torch.no_grad()
-def knn_accuracy(bank, bank_labels, queries, query_labels, k=5, metric="euclidean", temperature=0.07):
-    """Top-1 accuracy in percent of k nearest neighbours, a list of them for a list of k: metric "euclidean", majority vote (the papers' protocol),
-    or "cosine", votes weighted by exp(cos / temperature) (the field's). bank (M, d), queries (N, d), labels int64; a tie goes to the lower class."""
-    if metric == "cosine":
-        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    else:                                                                       # centred: cdist loses the digits that a common offset takes
-        bank, queries = bank - bank.mean(0), queries - bank.mean(0)
-    classes, ks = int(bank_labels.max()) + 1, [k] if isinstance(k, int) else k
-    correct = torch.zeros(len(ks), device=queries.device)
-    size = max(1, min(1024, 2 ** 28 // len(bank)))                              # at most a gigabyte of distances
-    for q, y in zip(queries.split(size), query_labels.split(size)):
-        near = q @ bank.T if metric == "cosine" else torch.cdist(q, bank)
-        near, index = near.topk(min(max(ks), len(bank)), dim=1, largest=metric == "cosine")
-        weight = ((near - 1) / temperature).exp() if metric == "cosine" else torch.ones_like(near)
-        for i, few in enumerate(ks):
-            votes = torch.zeros(len(q), classes, device=q.device).scatter_add_(1, bank_labels[index[:, :few]], weight[:, :few])
-            correct[i] += (votes.argmax(1) == y).sum()
-    found = [100 * c / len(queries) for c in correct.tolist()]
-    return found[0] if isinstance(k, int) else found
-
-
-def embedding_std(z):
-    """sqrt(d) times the mean standard deviation of a dimension of the l2-normalised rows of z (n, d): 1 = isotropic, 0 = collapsed."""
-    return F.normalize(z, dim=1).std(0).mean() * z.shape[1] ** 0.5
-
-
-def effective_rank(z):
-    """exp(entropy of the normalised singular values) of the centred z (n, d), between 1 and min(n, d)."""
-    s = torch.linalg.svdvals((z - z.mean(0)).float())
-    p = s / s.sum().clamp(min=1e-12)
-    return torch.special.entr(p).sum().exp()
-
-
-def monitor(backbone, data, args, recipe, device):
-    """k-NN accuracy, both protocols, of at most 20,000 bank and 10,000 test images; {} for images without labels. backbone None:
-    of raw pixels."""
-    if data.train_labels is None:
-        return {}
-    pick = lambda labels, limit: (ok := (labels >= 0).nonzero()[:, 0])[torch.randperm(len(ok), generator=rng(0))[:limit]]
-    part = []
-    for images, labels, limit in ((data.train, data.train_labels, 20000), (data.test, data.test_labels, 10000)):
-        rows = pick(labels, limit)
-        images = images[rows.to(images.device)] if torch.is_tensor(images) else [images[i] for i in rows]
-        x, kept = extract_features(backbone or nn.Flatten(), images, args.image_size, recipe["mean"], recipe["std"], args.workers, device, data.name)
-        part += [x, labels[rows][kept].to(device)]
-    found = {"knn5": knn_accuracy(*part), "knn200_cosine": knn_accuracy(*part, k=200, metric="cosine")}
-    return {**found, "rank_h": effective_rank(part[2]).item()} if backbone else found
-
-
-# ---- checkpoint, log ------------------------------------------------------------------------------------------------
+    """The mean of .grad over processes, by one all-reduce of all gradients laid end to end.
+
+    No DDP wrapper: it silently skips the gradients of `autograd.grad` and `functional_call`, which
+    is how the bi-level steps take theirs."""
+    if world_size() == 1:
+        return
+    grads = [p.grad for p in params if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
+
+
+# ---- checkpoint ----------------------------------------------------------------------------------
 def save(path, state):
-    """Write beside `path`, a text as it is and anything else by torch.save, then rename: a kill or a full disk never costs the previous file."""
+    """Write beside `path`, then rename: a kill or a full disk never costs the previous file.
+
+    A string is written as it is, anything else by torch.save."""
     try:
         with open(path + ".tmp", "wb") as file:
-            file.write(state.encode()) if isinstance(state, str) else torch.save(state, file)
+            if isinstance(state, str):
+                file.write(state.encode())
+            else:
+                torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as error:                    # torch.save reports a full disk as either
+    except (OSError, RuntimeError) as error:        # torch.save reports a full disk as either
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
-        fail(f"cannot write {path} ({str(error).partition(chr(10))[0]}); the previous one, if any, is untouched")
+        reason = str(error).split("\n")[0]
+        fail(f"cannot write {path} ({reason}); the previous one, if any, is untouched")
 
 
-def save_run(args, step, nets, opts, recipe):
-    """backbone.pt: what other programs load, see README. last.pt: everything needed to resume; it comes second, so that a run killed between
-    the two does its last epoch again."""
-    save(f"{args.out}/backbone.pt", {"arch": args.arch, "image_size": args.image_size, "small_images": args.image_size <= SMALL, "mean": recipe["mean"],
-                                     "std": recipe["std"], "state_dict": {k: v.cpu() for k, v in nets["backbone"].state_dict().items()}})
-    save(f"{args.out}/last.pt", {"step": step, "settings": vars(args), "nets": nets.state_dict(),
-                                 "opts": {k: o.state_dict() for k, o in opts.items()}})
+def save_run(args, step, nets, opts, recipe, settings):
+    """backbone.pt, what other programs load (see README), and then last.pt, all that resumes.
+
+    In this order, so that a run killed between the two does its last epoch again."""
+    weights = {k: v.cpu() for k, v in nets["backbone"].state_dict().items()}
+    save(f"{args.out}/backbone.pt",
+         {"arch": args.arch, "image_size": args.image_size,
+          "small_images": args.image_size <= SMALL, "mean": recipe["mean"], "std": recipe["std"],
+          "state_dict": weights})
+    save(f"{args.out}/last.pt",
+         {"edition": EDITION, "step": step, "settings": settings, "nets": nets.state_dict(),
+          "opts": {name: opt.state_dict() for name, opt in opts.items()}})
 
 
 def load_torch(path, flag, keys):
-    """A dict of tensors and plain values with `keys`, or `fail` naming `flag`: no pickled code is ever run."""
+    """A dict of tensors and plain values with `keys`, or `fail`. No pickled code is ever run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = [k for k in keys if k not in state]
-    except Exception as error:          # torch.load raises a dozen types for files that are not its own
-        fail(f"{flag}: {path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:80].partition(chr(10))[0]})")
+    except Exception as error:          # torch.load raises a dozen types for files not its own
+        fail(f"{flag}: {path} cannot be read as a checkpoint ({type(error).__name__})")
     if missing:
         fail(f"{flag}: {path} is not a checkpoint of this project, it has no {', '.join(missing)}")
     return state
 
 
-def open_run(args, nets, opts, rank, **facts):
-    """Resume from --out/last.pt if it is there, else start its log. Returns the step to go on from."""
-    log, last = f"{args.out}/log.jsonl", f"{args.out}/last.pt"
-    if args.sync_bn:
-        sync_batch_norms(nets)
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 16                               # views, tasks, parts and evaluations differ in shape
-        nets["backbone"].compile()
-    settings, step, rows = vars(args), 0, []
-    if os.path.exists(last):
-        state = load_torch(last, f"--out {args.out}", ("step", "settings", "nets", "opts"))
-        differ = [f"{k} {state['settings'].get(k)} -> {v}" for k, v in settings.items() if state["settings"].get(k) != v and k not in FREE_ON_RESUME]
-        if differ:
-            fail(f"--out {args.out}: holds a run with other settings ({'; '.join(differ)}); choose another --out or repeat its settings")
-        nets.load_state_dict(state["nets"])
-        for k, opt in opts.items():
-            opt.load_state_dict(state["opts"][k])
-        step = state["step"]
-        lines = open(log).readlines() if os.path.exists(log) else []
-        rows = [r for line in lines if line.endswith("\n") and (r := json.loads(line)).get("step", 0) <= step]
+def read_log(out):
+    """The rows of log.jsonl; damaged lines, such as a kill in mid-line leaves, are passed over."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), open(f"{out}/log.jsonl", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def open_run(args, argv, data, nets, opts, rank):
+    """Go on from --out/last.pt, or start a run and its log. Returns (steps done, settings)."""
+    settings = {**vars(args), "images": len(data.train), "classes": len(data.classes or ()),
+                "file_names": data.fingerprint}
+    step = 0
+    if os.path.exists(f"{args.out}/last.pt"):
+        step = resume(args.out, settings, nets, opts)
+    if all_reduce_sum(torch.tensor(step)) != step * world_size():
+        fail(f"--out {args.out}: not every machine finds last.pt there; name a folder they share")
     if rank == 0:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            header = {"argv": sys.argv, "settings": settings, "torch": torch.__version__, "torchvision": torchvision.__version__,
-                      "python": platform.python_version(), "parameters": {k: sum(p.numel() for p in n.parameters()) for k, n in nets.items()}, **facts}
-            save(log, "".join(json.dumps(r) + "\n" for r in rows or [header]))      # rows after the checkpoint are written again
-        except OSError as error:
-            fail(f"--out {args.out}: {error}")
-        print("\n".join(f"{k:>16}  {v}" for k, v in {**settings, **facts}.items()))
+        open_log(args.out, argv, settings, nets, step)
+        for name, value in settings.items():
+            print(f"{name:>16}  {value}")
         print(f"goes on from step {step}" if step else "starts", "in", args.out, flush=True)
-    return step
+    return step, settings
 
 
+def resume(out, settings, nets, opts):
+    """Load last.pt, a run of the same settings, into nets and opts. Returns the steps done."""
+    state = load_torch(f"{out}/last.pt", f"--out {out}", ("step", "settings", "nets", "opts"))
+    if state.get("edition") != EDITION:
+        fail(f"--out {out}: holds a run of an older edition of this project, which cannot go on; "
+             "choose another --out")
+    differ = []
+    for name, value in settings.items():
+        before = state["settings"].get(name)
+        if before != value and name not in FREE_ON_RESUME:
+            differ.append(f"{name} {before} -> {value}")
+    if differ:
+        fail(f"--out {out}: holds a run with other settings ({'; '.join(differ)}); choose another "
+             "--out or repeat its settings")
+
+    nets.load_state_dict(state["nets"])
+    for name, opt in opts.items():
+        opt.load_state_dict(state["opts"][name])
+    return state["step"]
+
+
+def open_log(out, argv, settings, nets, step):
+    """Begin log.jsonl, or cut it after `step`: the rows that follow are written again."""
+    parameters = {name: sum(map(torch.numel, net.parameters())) for name, net in nets.items()}
+    header = {"argv": argv, "settings": settings, "processes": world_size(),
+              "parameters": parameters, "torch": torch.__version__}
+    rows = []
+    if step:
+        rows = [row for row in read_log(out) if row.get("step", 0) <= step]
+    if not rows or "settings" not in rows[0]:           # a new run, or its log was lost
+        rows.insert(0, header)
+
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: {error}")
+    save(f"{out}/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---- log -----------------------------------------------------------------------------------------
 class Log:
-    """log.jsonl and the progress line. `add` never waits for the GPU; `write` does, warns once of each term above its limit, and ends the
-    run if a value is not finite. limits: {term: (limit, sentence)}; batch: images per step."""
-    def __init__(self, out, batch, rank, world, start, stop, limits):
-        self.out, self.batch, self.rank, self.world, self.start, self.stop = out, batch, rank, world, start, stop
+    """log.jsonl and the progress line. limits: {term: (limit, sentence)}; above it, one warning."""
+    def __init__(self, args, rank, stop, limits):
+        self.out = args.out
+        self.images_per_step = args.images_per_step
+        self.rank = rank
+        self.stop = stop
         self.limits = dict(limits)
-        self.pending, self.seconds, self.done, self.clock, self.knn = [], 0.0, 0, time.perf_counter(), ""
-        self.drawn = self.clock
+        self.names = []                         # of the terms
+        self.pending = {}                       # {step: their values}, since the last `write`
+        self.knn = ""
+        self.clock = time.perf_counter()        # at the last line
+        self.drawn = self.clock                 # when curves.png was drawn last
 
     def add(self, step, terms):
-        self.pending.append((step, terms))
+        """The terms of a step, {name: tensor}: this does not wait for the GPU, `write` does."""
+        self.names = list(terms)
+        self.pending[step] = torch.stack([value.float() for value in terms.values()])
 
-    def write(self, lr):
-        names = list(self.pending[-1][1])
-        values = torch.stack([torch.stack([t.float() for t in terms.values()]) for _, terms in self.pending])
-        if self.world > 1:
-            dist.all_reduce(values)                                             # the mean over processes, and alike on all of them
-        values, now = (values / self.world).tolist(), time.perf_counter()
-        for (step, _), row in zip(self.pending, values):
-            if not all(map(math.isfinite, row)):
-                if self.rank == 0:
-                    plot_curves(self.out)
-                good = f"{self.out}/last.pt" if os.path.exists(f"{self.out}/last.pt") else "none yet"
-                print(f"error: not finite at step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in zip(names, row))
-                      + f"; last good checkpoint: {good}", file=sys.stderr)
-                raise SystemExit(1)
-        took, count, pending, self.pending, self.clock = now - self.clock, len(self.pending), self.pending, [], now
-        self.seconds, self.done = self.seconds + took, self.done + count
-        self.event(step=step, lr=lr, images_per_s=round(self.batch * count / took, 1), **dict(zip(names, values[-1])))
-        self.show(f"step {step}/{self.stop}  " + "  ".join(f"{k} {v:.3f}" for k, v in list(zip(names, values[-1]))[:3]) + self.knn
-                  + f"  {self.batch * count / took:.0f} img/s  {self.seconds / self.done * (self.stop - step):.0f} s left", live=True)
-        for name in [n for n in names if n in self.limits]:
-            (limit, sentence), worst = self.limits[name], max((row[names.index(name)], step) for (step, _), row in zip(pending, values))
-            if worst[0] > limit:
-                self.event(step=worst[1], warning=f"{name} {worst[0]:.3g} > {limit}: {sentence}")
-                del self.limits[name]
+    def write(self, nets, lr):
+        """A line on the steps since the last one. Terms or weights that are not finite end it."""
+        steps = list(self.pending)
+        values = torch.stack(list(self.pending.values()))
+        values = (all_reduce_sum(values) / world_size()).tolist()       # a row for each step
+        seconds = (time.perf_counter() - self.clock) / len(steps)
+        self.pending = {}
+        for step, row in zip(steps, values):
+            for name, value in zip(self.names, row):
+                self.check(step, name, value)
+        weights = nets.state_dict()
+        finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
+        if not all(finite):
+            self.end_badly(steps[-1], list(weights)[finite.index(False)])
 
-    def event(self, **row):
+        rate = self.images_per_step / seconds
+        left = seconds * (self.stop - steps[-1])
+        last = dict(zip(self.names, values[-1]))
+        self.append(step=steps[-1], lr=lr, images_per_s=round(rate, 1), **last)
+        shown = "  ".join(f"{name} {last[name]:.3f}" for name in self.names[:3])
+        self.show(f"step {steps[-1]}/{self.stop}  {shown}{self.knn}  {rate:.0f} img/s  "
+                  f"{left:.0f} s left", live=True)
+
+    def event(self, step, **found):
+        """A line on what an evaluation found, numbers or tensors."""
+        found = {name: float(value) for name, value in found.items()}
+        if "knn5" in found:
+            self.knn = f"  knn5 {found['knn5']:.1f}"
+        self.append(step=step, **found)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+        self.show(f"step {step}  {shown}")
+
+    def check(self, step, name, value):
+        """A term that is not finite ends the run; one above its limit warns, once."""
+        if not math.isfinite(value):
+            self.end_badly(step, name)
+        limit, sentence = self.limits.get(name, (math.inf, ""))
+        if value > limit:
+            del self.limits[name]
+            warning = f"{name} {value:.3g} > {limit}: {sentence}"
+            self.append(step=step, warning=warning)
+            self.show(f"step {step}  warning: {warning}")
+
+    def append(self, **row):
+        """A line of log.jsonl and, once a minute, curves.png: a killed run leaves a picture too."""
         if self.rank == 0:
-            row = {k: v.item() if torch.is_tensor(v) else v for k, v in row.items()}
             with open(f"{self.out}/log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            if "lr" not in row:
-                self.show("  ".join(f"{k} {v}" if isinstance(v, (str, int)) else f"{k} {v:.4g}" for k, v in row.items()))
-                self.knn = f"  knn5 {row['knn5']:.1f}" if "knn5" in row else self.knn
-                if time.perf_counter() > self.drawn + 60:                       # a run that is killed leaves a picture too
-                    plot_curves(self.out)
-                    self.drawn = time.perf_counter()
-        self.clock = time.perf_counter()                                        # an evaluation does not count as training time
+            if time.perf_counter() > self.drawn + 60:
+                plot_curves(self.out)
+                self.drawn = time.perf_counter()
+        self.clock = time.perf_counter()                    # an evaluation is not training time
 
     def show(self, line, live=False):
+        """Print; on a terminal a live line is overwritten by the next one."""
         if self.rank == 0:
-            tty = sys.stdout.isatty()
-            print("\r\033[K" * tty + line, end="" if live and tty else "\n", flush=True)
+            terminal = sys.stdout.isatty()
+            clear = "\r\033[K" if terminal else ""
+            print(clear + line, end="" if live and terminal else "\n", flush=True)
 
     def end(self, line):
         if self.rank == 0:
             plot_curves(self.out)
         self.show(line)
-        if self.world > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
+    def end_badly(self, step, name):
+        """A term or a weight is not finite."""
+        if self.rank == 0:
+            plot_curves(self.out)
+            print(f"error: {name} is not finite at step {step}; the last checkpoint in {self.out}, "
+                  "if there is one, is good", file=sys.stderr)
+        raise SystemExit(1)
 
+
+# ---- signals -------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def graceful_stop():
-    """Yields a function that tells, after every step and alike on all processes, which signal (SIGINT, SIGTERM) has come, or 0.
-    A second Ctrl-C ends the program at once."""
-    seen, since = [0], [math.inf]
-    def note(signum, _):
-        if time.monotonic() - since[0] > 1:             # torchrun repeats the terminal's Ctrl-C at once: that is not a second one
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        seen[0], since[0] = signum, min(since[0], time.monotonic())
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    def agreed():
-        if world_size() > 1:
-            flag = torch.tensor(seen[0])                # on the host: gloo, no wait for the GPU
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            return flag.item()
-        return seen[0]
+    """Yields a function that says, alike on all processes, which signal has come; 0 for none.
+
+    Ctrl-C and SIGTERM let the step finish. A second Ctrl-C ends the program at once."""
+    seen = []                                       # (signal, time)
+
+    def note(signum, frame):
+        # torchrun repeats the terminal's Ctrl-C at once: that is not a second one.
+        if seen and time.monotonic() - seen[0][1] > 1:
+            raise KeyboardInterrupt
+        seen.append((signum, time.monotonic()))
+
+    def stop_signal():
+        signum = seen[0][0] if seen else 0
+        signum = torch.tensor(signum)
+        if world_size() > 1:                        # on the host: gloo, no wait for the GPU
+            dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return signum.item()
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():       # others may not set handlers
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield agreed
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):         # as cuBLAS and cuDNN say it
-            raise
-        fail(f"GPU memory ran out ({str(error).split('. ')[0]}): lower --batch-size, --image-size, or the number of views, masks, tasks or inner steps; use --bf16")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        fail(f"cannot write {error.filename or 'the log'} ({error}); the last checkpoint is untouched")
+        yield stop_signal
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
+def run(main):
+    """Call main() as a program: what is not the program's fault ends in one sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")       # names of any bytes, on any terminal
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None                     # as the shell reports SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"cannot write the log ({error}); the last checkpoint is untouched")
+    except RuntimeError as error:
+        if not re.search("out of memory|ALLOC_FAILED", str(error)):
+            raise
+        reason = str(error).split(". ")[0].split("\n")[0]
+        fail(f"GPU memory ran out ({reason}): lower --batch-size, --image-size, or the number of "
+             "views, masks, tasks or inner steps")
+
+
+# ---- pictures ------------------------------------------------------------------------------------
 def plot_curves(out):
-    """curves.png from log.jsonl: losses, k-NN accuracy, learning rate, collapse indicators."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in open(f"{out}/log.jsonl")][1:]
-    names = sorted({k for r in rows for k in r} - {"step", "images_per_s", "warning"})
-    groups = {"learning rate": "lr", "losses": "loss", "k-NN top-1 (%)": "knn raw", "collapse: std, cosine": "std cos_z", "effective rank": "rank", "task conflict": "conflict",
-              "head: columns, norms": "live_columns zero_columns l21 frobenius"}
-    panels = {title: [n for n in names if n.startswith(tuple(starts.split()))] for title, starts in groups.items()}
-    panels = {title: keys for title, keys in {**panels, "other": [n for n in names if not any(n in p for p in panels.values())]}.items() if keys}
+    """curves.png from log.jsonl: a panel for all terms whose names begin with the same letters."""
+    from matplotlib.figure import Figure        # takes a second; pyplot would choose a backend
+    panels = collections.defaultdict(dict)
+    for row in read_log(out):
+        if "step" not in row:                   # the header
+            continue
+        for name in set(row) - {"step", "images_per_s", "warning"}:
+            title = re.match("[a-z]*", name.removeprefix("raw_pixels_")).group()
+            panels[title].setdefault(name, []).append((row["step"], row[name]))
     if not panels:
         return
-    figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(15, 4 * -(-len(panels) // 3)), layout="constrained", squeeze=False)
-    for axis, (title, keys) in zip(axes.flat, panels.items()):
-        for key in keys:
-            points = [(r["step"], r[key]) for r in rows if key in r]
-            if key.startswith("raw"):
-                axis.axhline(points[0][1], linestyle="--", color="gray" if "cosine" in key else "black", label=key)
+
+    height = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(15, 4 * height), layout="constrained")
+    for i, (title, curves) in enumerate(sorted(panels.items()), 1):
+        axis = figure.add_subplot(height, 3, i)
+        for name, points in sorted(curves.items()):
+            steps, values = zip(*points)
+            if name.startswith("raw_pixels"):
+                axis.axhline(values[0], color="gray", linestyle="--", label=name)
             else:
-                axis.plot(*zip(*points), ".-" if len(points) < 60 else "-", label=key)
-        if title in ("losses", "other", "head: columns, norms"):                        # from 1e-3 to 100 in one panel, zero included
-            axis.set_yscale("symlog", linthresh=0.1 if title == "losses" else 1e-3)
+                axis.plot(steps, values, ".-" if len(points) < 60 else "-", label=name)
+        if title == "loss":                     # from 1e-3 to 100 in one panel, with zero
+            axis.set_yscale("symlog", linthresh=0.1)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    for axis in axes.flat[len(panels):]:
-        axis.axis("off")
     figure.savefig(f"{out}/curves.png", dpi=110)
-    plt.close(figure)
+
+
+def draw_grid(path, rows):
+    """Labelled rows of pictures: rows {label: (n, 3, S, S) in [0, 1]}, the same n for all."""
+    from matplotlib.figure import Figure
+    pictures = torch.cat([row.float().cpu() for row in rows.values()])
+    columns = len(pictures) // len(rows)
+    step = pictures.shape[-1] + 2                       # two pixels between pictures
+    grid = torchvision.utils.make_grid(pictures, columns, pad_value=1)
+
+    figure = Figure(figsize=(1.5 * columns + 1, 1.5 * len(rows)), layout="constrained")
+    axis = figure.add_subplot()
+    axis.imshow(grid.permute(1, 2, 0).numpy())
+    axis.set_yticks([step * (i + 0.5) for i in range(len(rows))], list(rows))
+    axis.set_xticks([])
+    figure.savefig(path, dpi=100)
+
+
+def draw_views(args, data, views, index, recipes):
+    """views.png: eight images and their views as the network sees them. Look at your data."""
+    shown = index[:8]
+    if torch.is_tensor(data.train):
+        images = data.train[shown]
+    else:
+        images = torch.stack([fit(decode(data.train[i]), args.image_size) for i in shown])
+    rows = {"image": images / 255}
+    for v, recipe in enumerate(recipes):
+        rows[f"view {v + 1}"] = denormalize(views[v, :8], recipe)
+    draw_grid(f"{args.out}/views.png", rows)

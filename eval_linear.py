@@ -1,742 +1,756 @@
-"""Evaluate the frozen backbone of any run: what are the features that self-supervised training left behind good for?
+"""What is a backbone worth? Its frozen features, few labels, fine-tuning. It knows no method.
 
-  python eval_linear.py runs/simclr_tc2                                       linear probe and k-NN on the run's own data
-  python eval_linear.py runs/simclr_tc2 --data cifar100 --protocol linear fewshot             transfer: other data, several protocols
-  python eval_linear.py runs/mae_tc2 --protocol finetune --label-fraction 0.01 0.1 1          with few labels and with all
-  python eval_linear.py runs/simclr_tc2 --domains PACS                        leave one domain out: a folder of domains of class folders
-  python eval_linear.py runs/barlow_sparsehead --protocol spectrum --overlay runs/barlow_sparsehead-baseline      a picture of two runs
+  python eval_linear.py runs/simclr_tc2                  linear probe and k-NN on the run's data
+  python eval_linear.py runs/simclr_tc2 --data cifar100 --protocol linear fewshot
+  python eval_linear.py runs/mae_tc2 --protocol finetune --label-fraction 0.01 0.1 1
+  python eval_linear.py runs/simclr_tc2 --train-data pets --test-data pets      transfer
+  python eval_linear.py runs/simclr_tc2 --train-data PACS/photo PACS/cartoon PACS/sketch \\
+      --test-data PACS/art                               leave one domain out
+  python eval_linear.py runs/barlow_sparsehead --protocol spectrum --overlay runs/other
 
-  linear          a linear classifier on frozen features: Adam, 1e-2 to 1e-6 (exponential), 500 epochs, weight decay 5e-6, batch 1000, the
-                  protocol of Ermolov et al. 2021 that TC2 and SparseHead cite. [TC2 Table 5; GeSSL Tables 1, 7-9; SparseHead Table 1]
-  knn             --k nearest neighbours: Euclidean, majority (the papers: k = 5), and cosine weighted with exp(cos / 0.07) (the field: k = 200)
-  finetune        the whole network on a class-balanced share of the labels, crops and flips; with the learning rates of the papers: 50 epochs, SGD,
-                  classifier and backbone 0.05 and 1e-4 (1 %), 1.0 and 0.01 (10 %). A ViT: AdamW with layer-wise decay, as MAE's Appendix A.
-                  [TC2 Table 8, GeSSL Table 2, SparseHead Table 2]
-  fewshot         N-way K-shot episodes on the test images: nearest centroid and logistic regression, 95 % interval. [GeSSL Tables 4, 12]
-  sigma           -log pi_y when each view of an unseen image is classified among N images; log N = nothing learned. [GeSSL Def. 3.2, Fig. 5]
-  adaptation      the same accuracy on training tasks before and after one gradient step on the task itself. [GeSSL Def. 3.1, Table 15]
-  spectrum        eigenvalues of the covariance of representations r and embeddings z, effective ranks, picture. [SparseHead Figs. 1 and 3]
-  distance-ratio  (farthest - nearest) / nearest distance; large values can mean collapse. [SparseHead Eq. 9]
-  conflict        cosines between the gradients of two halves of a batch; picture over training where the log has it. [TC2 Fig. 1b/c]
-  pca             the features in the plane of their two largest variances, a picture coloured by class
+  linear       logistic regression on standardised features, converged: depends neither on their
+               scale nor on the size of the set
+               [TC2 Table 5, GeSSL Tables 1, 7-9, SparseHead Table 1]
+  linear_adam  with `linear`: Adam from 1e-2 to 1e-6, 500 epochs, the protocol that TC2 cites, which
+               depends on both [Ermolov et al. 2021]
+  knn          nearest neighbours, Euclidean with majority (the papers: 5) and cosine with weights
+               (the field: 200); neighbours.png
+  finetune     the whole network, on a class-balanced share of the labels
+               [TC2 Table 8, GeSSL Table 2, SparseHead Table 2; a ViT: MAE Appendix A]
+  fewshot      N-way K-shot episodes of test images: nearest centroid and logistic regression, with
+               95 % intervals [GeSSL Tables 4, 12]
+  spectrum     effective rank and eigenvalues of the features' covariance; spectrum.png
 
-RUN is a folder with backbone.pt, see README. Features (of a ViT: the mean over all patch tokens) are computed once without augmentation and kept in RUN/features under a key of
-backbone and data. Test labels are used for the printed number alone; --sweep chooses on a part of the training set. Results go to stdout as a table and a
-Markdown row, and to RUN/eval.json, where rows of other protocols, metrics and data are kept, each with its command, as long as the weights are the same. Whatever the protocol, the backbone and its
-BatchNorm statistics are checked to be bit-identical before and after: fine-tuning and inner steps work on copies.
+RUN is a folder with backbone.pt; its last epoch is judged, never the best on the test set. Features
+are those of images without augmentation; of a ViT, the mean over the patch tokens. Results: a
+table, a Markdown row, and RUN/eval.json, where rows of other settings and data stay as long as the
+weights do. After each protocol the backbone is checked to be the same to the bit. The papers' own
+measures: results/measures.py.
 """
-import argparse, contextlib, copy, hashlib, importlib, json, math, os, shlex, sys, time
-from collections import namedtuple
-from types import SimpleNamespace
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import shlex
+import sys
+import time
+import types
+import typing
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
-from common import (SMALL, ClassFolders, Data, Parser, batch_stats_only, class_hash, cores_per_process, effective_rank, embedding_std, extract_features, fail, knn_accuracy, load_data,
-                    load_torch, lr_scale, make_backbone, number, one_spelling, read_classes, rng, save, set_lr, setup_distributed, training_views, without_loops)
-from simclr_tc2 import AUGMENTATION, gradient_conflict, info_nce
+from common import (BUILT_IN, SMALL, Data, Parser, decode, default_workers, draw_grid,
+                    effective_rank, extract_features, fail, find_splits, fit, list_classes,
+                    load_data, load_torch, lr_scale, make_backbone, nearest, number, read_log, rng,
+                    run, save, set_lr, setup_processes, training_batches, vote)
 
-PROBE_LR, PROBE_DECAY = 1e-2, 5e-6
-PROBE_GRID = [(lr, decay) for lr in (1e-3, 3e-3, 1e-2, 3e-2) for decay in (0, 5e-6, 5e-4)]       # --sweep
-TUNE_LR = {0.01: (0.05, 1e-4), 0.1: (1.0, 0.01), 1.0: (0.05, 0.01)}     # classifier, backbone, batch 256; papers state 1 % and 10 %, 100 % is ours
-TUNE_GRID = (0.3, 1, 3)                                                 # factors of both, --sweep
-VIT_LR, VIT_WEIGHT_DECAY, VIT_LAYER_DECAY = 1e-3, 0.05, 0.75            # MAE Appendix A; lr per 256 images
-TEMPERATURES = tuple(10 ** (i / 8) for i in range(-16, 1))              # 0.01 to 1
-MAX_TASKS = 32
+GREEN = (0.1, 0.75, 0.1)                    # frames of neighbours.png: same class, another, none
+RED = (0.9, 0.1, 0.1)
+WHITE = (1.0, 1.0, 1.0)
 
+CHUNK = 16384                               # images whose logits are in memory at a time
+ADAM_LR = 1e-2                              # of linear_adam, and its weight decay
+ADAM_DECAY = 5e-6
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
-def balanced_subset(labels, fraction, seed):
-    """Ascending indices of max(1, round(fraction n_c)) images of each class; a smaller fraction's choice lies in a larger one's."""
-    chosen = []
-    for c in labels[labels >= 0].unique().tolist():
-        rows = (labels == c).nonzero()[:, 0]
-        chosen.append(rows[torch.randperm(len(rows), generator=rng(seed, "labels", c))[:max(1, round(fraction * len(rows)))]])
-    return torch.cat(chosen).sort().values
+# Fine-tuning a ResNet: {share of the labels: (rate of the classifier, of the backbone)} at batch
+# 256. TC2 and GeSSL state those of 1 % and 10 %, those of all labels are ours.
+TUNE_LR = {0.01: (0.05, 1e-4), 0.1: (1.0, 0.01), 1.0: (0.05, 0.01)}
+# Fine-tuning a ViT. [MAE Appendix A]
+VIT_LR = 1e-3
+VIT_WEIGHT_DECAY = 0.05
+VIT_LAYER_DECAY = 0.75
 
 
-def hold_out(labels, fraction, seed):
-    """(rest, held): ascending, disjoint indices of all labelled images; held is class-balanced, without classes of a single image."""
-    alone = labels.clamp(min=0).bincount(labels >= 0)[labels.clamp(min=0)] < 2
-    if alone.all():
-        fail("--sweep: no class has two labelled images, one to train on and one to hold out")
-    held = balanced_subset(labels.masked_fill(alone, -1), fraction, seed)
-    rest = labels >= 0
-    rest[held] = False
-    return rest.nonzero()[:, 0], held
-
-
-def listed_subset(files, path):
-    """Ascending indices of the files that the text file `path` lists, one name or tail of a path per line."""
-    try:
-        with open(path) as file:
-            lines = [line.strip().removeprefix("./") for line in file if line.strip()]
-    except UnicodeDecodeError as error:
-        fail(f"--label-list {path}: is not a text file ({error})")
-    tails, depths = {}, {line.count("/") + 1 for line in lines}
-    for i, name in enumerate(files):
-        parts = name.replace(os.sep, "/").split("/")
-        for depth in depths:
-            tails.setdefault("/".join(parts[-depth:]), []).append(i)
-    chosen = set()
-    for line in lines:
-        if len(found := tails.get(line, [])) != 1:
-            fail(f"--label-list {path}: {line} names {len(found)} of the training files, not one")
-        chosen.update(found)
-    return torch.tensor(sorted(chosen)) if chosen else fail(f"--label-list {path}: lists no image")
-
-
-# ---- protocols on features ------------------------------------------------------------------------------------------
-@torch.no_grad()
-def fit_probes(x, y, classes, settings, epochs, seed, batch=1000):
-    """[(weight (classes, d), bias (classes,))] for each (lr, weight decay) of settings, trained side by side on x (n, d), y (n,): cross-entropy,
-    Adam. The gradient of a linear classifier is x^T (softmax - one-hot), written out: autograd would take most of the time."""
-    torch.manual_seed(seed)
-    first, n, P = nn.Linear(x.shape[1], classes).to(x.device, x.dtype), len(x), len(settings)
-    W, b, place = first.weight.repeat(P, 1), first.bias.repeat(P), torch.arange(min(batch, n), device=x.device)               # (P classes, d), (P classes,)
-    probes = [*zip(W.split(classes), b.split(classes))]                                                             # views of W and b
-    opt = torch.optim.Adam([{"params": probe, "lr": lr, "weight_decay": decay} for probe, (lr, decay) in zip(probes, settings)], fused=True)
-    for epoch in range(epochs):
-        set_lr({"probes": opt}, 1e-4 ** (epoch / max(1, epochs - 1)))
-        for rows in torch.randperm(n, generator=rng(seed, epoch)).to(x.device).split(batch):
-            xb = x.index_select(0, rows)
-            p = torch.addmm(b[:, None], W, xb.T).view(P, classes, -1).softmax(1)                                    # images last: twice as fast
-            p[:, y[rows], place[:len(rows)]] -= 1
-            for (w, c), g in zip(probes, p.flatten(0, 1).div_(len(rows)).split(classes)):
-                w.grad, c.grad = g @ xb, g.sum(1)
-            opt.step()
-    return probes
-
-
-def top_accuracies(logits, y):
+# ---- linear --------------------------------------------------------------------------------------
+def accuracies(logits, y):
+    """Top-1, and with more than five classes top-5, in percent: logits (n, classes), y (n,)."""
     hit = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
-    return {"top1": 100 * hit[:, 0].float().mean().item()} | ({"top5": 100 * hit.any(1).float().mean().item()} if logits.shape[1] > 5 else {})
-
-
-def linear(train, test, args):
-    """Top-1 and top-5 accuracy in percent of a linear classifier. train, test: (features (n, d), labels (n,)); args.sweep chooses learning
-    rate and weight decay by the accuracy on a tenth of the training set."""
-    (x, y), (test_x, test_y), setting = train, test, (PROBE_LR, PROBE_DECAY)
-    classes = int(torch.cat([y, test_y]).max()) + 1
-    if args.sweep:
-        rest, held = (rows.to(x.device) for rows in hold_out(y.cpu(), 0.1, args.seed))
-        probes = fit_probes(x[rest], y[rest], classes, PROBE_GRID, args.probe_epochs, args.seed)
-        scores = [top_accuracies(F.linear(x[held], *probe), y[held])["top1"] for probe in probes]
-        for (lr, decay), score in zip(PROBE_GRID, scores):
-            print(f"  sweep: lr {lr:g} weight decay {decay:g} {score:.2f} on {len(held)} held-out training images")
-        setting = PROBE_GRID[max(range(len(scores)), key=scores.__getitem__)]
-    probe = fit_probes(x, y, classes, [setting], args.probe_epochs, args.seed)[0]
-    found = {**top_accuracies(F.linear(test_x, *probe), test_y), "train_top1": top_accuracies(F.linear(x, *probe), y)["top1"]}
-    return found | ({"lr": setting[0], "weight_decay": setting[1]} if args.sweep else {})
-
-
-def knn(train, test, ks=(5, 200)):
-    """Top-1 accuracies in percent, {"k5_euclidean": ..}: Euclidean distance with majority and cosine with weights, for each k."""
-    found = {metric: knn_accuracy(*train, *test, k=ks, metric=metric) for metric in ("euclidean", "cosine")}
-    return {f"k{k}_{metric}": found[metric][i] for i, k in enumerate(ks) for metric in found}
-
-
-def few_shot_episodes(labels, way, shot, queries, episodes, seed):
-    """Indices (support (E, way, shot), query (E, way, queries)): `way` classes per episode, all images of a class different."""
-    rows = [r for c in labels[labels >= 0].unique() if len(r := (labels == c).nonzero()[:, 0]) >= shot + queries]
-    if len(rows) < way:
-        fail(f"--way {way}: only {len(rows)} classes have {shot} + {queries} test images")
-    g, drawn = rng(seed, "episodes"), []
-    for _ in range(episodes):
-        drawn.append(torch.stack([rows[c][torch.randperm(len(rows[c]), generator=g)[:shot + queries]] for c in torch.randperm(len(rows), generator=g)[:way].tolist()]))
-    return torch.stack(drawn).split([shot, queries], 2)
-
-
-def nearest_centroid(support, query):
-    """Accuracy (E,) in percent of E episodes: support (E, way, shot, d), query (E, way, queries, d), Euclidean distance to the class means."""
-    near = torch.cdist(query.flatten(1, 2), support.mean(2)).argmin(2).unflatten(1, query.shape[1:3])
-    return 100 * (near == torch.arange(query.shape[1], device=near.device)[:, None]).float().mean((1, 2))
-
-
-def logistic_regression(support, query, iterations=100):
-    """(accuracy (E,) in percent, logits (E, way queries, way)) of a multinomial regression per episode: sum of cross-entropies + ||W||^2 / 2,
-    W over the features and a constant 1. By the kernel: W = A^T X, and as the Hessian in the logits is at most 1/2, every step
-    A <- A - (K / 2 + I)^{-1} (pi - Y + A) descends (Boehning 1992); there is no step length to choose."""
-    E, way, shot, _ = support.shape
-    x, q = (F.pad(t.flatten(1, 2), (0, 1), value=1) for t in (support, query))
-    K, Y = x @ x.mT, torch.eye(way, dtype=x.dtype, device=x.device).repeat_interleave(shot, 0)
-    A, inverse = torch.zeros_like(K[..., :way]), torch.linalg.inv(K / 2 + torch.eye(way * shot, dtype=x.dtype, device=x.device))
-    for _ in range(iterations):
-        A = A - inverse @ ((K @ A).softmax(2) - Y + A)
-    logits = q @ x.mT @ A
-    hit = logits.argmax(2) == torch.arange(way, device=x.device).repeat_interleave(query.shape[2])
-    return 100 * hit.float().mean(1), logits
-
-
-def interval(values):
-    """(mean, half of the 95 % confidence interval of the mean) of values (n,)."""
-    return values.double().mean().item(), (1.96 * values.double().std() / len(values) ** 0.5).item()
-
-
-def fewshot(test, args):
-    """{"5way_1shot_centroid": .., "5way_1shot_centroid_pm": half of the interval, ..} on l2-normalised features."""
-    x, y, found = F.normalize(test[0], dim=1), test[1].cpu(), {}
-    for shot in args.shot:
-        episodes, scores = few_shot_episodes(y, args.way, shot, args.queries, args.episodes, args.seed), []
-        for rows in zip(*(part.split(100) for part in episodes)):
-            support, query = (x[r.to(x.device)] for r in rows)
-            scores.append((nearest_centroid(support, query), logistic_regression(support, query)[0]))
-        for name, column in zip(("centroid", "logistic"), zip(*scores)):
-            found[f"{args.way}way_{shot}shot_{name}"], found[f"{args.way}way_{shot}shot_{name}_pm"] = interval(torch.cat(column))
+    found = {"top1": 100 * hit[:, 0].float().mean().item()}
+    if logits.shape[1] > 5:
+        found["top5"] = 100 * hit.any(1).float().mean().item()
     return found
 
 
+def moments(x):
+    """Mean and standard deviation (d,) of x (n, d); 1 for a feature that does not vary."""
+    std, mean = torch.std_mean(x, dim=0)
+    varies = std > 1e-6 * mean.abs()
+    return mean, torch.where(varies, std, 1)
+
+
+def fit_logistic(x, y, classes):
+    """Weight (classes, d), bias (classes,) of logistic regression on x (n, d), y (n,).
+
+    The minimum of sum_i cross-entropy_i + ||weight||^2 / 2, scikit-learn's LogisticRegression(C=1),
+    by full-batch L-BFGS, until ten iterations lower it by less than 1e-6 of itself."""
+    weight = torch.zeros(classes, x.shape[1], device=x.device, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, dtype=x.dtype, requires_grad=True)
+    opt = torch.optim.LBFGS([weight, bias], max_iter=10, max_eval=100, history_size=10,
+                            tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def objective():
+        opt.zero_grad()
+        decay = weight.square().sum() / 2
+        decay.backward()
+        total = decay.item()
+        for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK)):
+            logits = F.linear(x_part, weight, bias)
+            loss = F.cross_entropy(logits, y_part, reduction="sum")
+            loss.backward()
+            total += loss.item()
+        return total
+
+    before = math.inf
+    for _ in range(200):
+        now = opt.step(objective)           # the objective before these ten iterations
+        if not now < before * (1 - 1e-6):
+            return weight.detach(), bias.detach()
+        before = now
+    print("  linear: not converged after 2,000 iterations")
+    return weight.detach(), bias.detach()
+
+
+@torch.no_grad()
+def fit_adam(x, y, classes, epochs, seed, batch=1000):
+    """Weight and bias as above, by Adam; the rate falls to 1e-4 of itself over the epochs.
+
+    The gradient of the cross-entropy, (pi - Y) x, is written out: half the time of autograd."""
+    torch.manual_seed(seed)
+    probe = nn.Linear(x.shape[1], classes).to(x.device, x.dtype)
+    opt = torch.optim.Adam(probe.parameters(), ADAM_LR, weight_decay=ADAM_DECAY, fused=True)
+    column = torch.arange(batch, device=x.device)
+    for epoch in range(epochs):
+        set_lr({"probe": opt}, 1e-4 ** (epoch / max(1, epochs - 1)))
+        order = torch.randperm(len(x), generator=rng(seed, epoch)).to(x.device)
+        for rows in order.split(batch):
+            x_part = x.index_select(0, rows)
+            logits = torch.addmm(probe.bias[:, None], probe.weight, x_part.T)   # (classes, batch)
+            error = logits.softmax(0)
+            error[y[rows], column[:len(rows)]] -= 1
+            probe.weight.grad = error @ x_part / len(rows)
+            probe.bias.grad = error.mean(1)
+            opt.step()
+    return probe.weight.detach(), probe.bias.detach()
+
+
+def linear(job):
+    x, y, _ = job.features("train")
+    test_x, test_y, _ = job.features("test")
+    mean, std = moments(x)
+    x = (x - mean).div_(std)
+    test_x = (test_x - mean).div_(std)
+    probe = fit_logistic(x, y, job.classes)
+    train_top1 = accuracies(F.linear(x, *probe), y)["top1"]
+    return {**accuracies(F.linear(test_x, *probe), test_y), "train_top1": train_top1}
+
+
+def linear_adam(job):
+    x, y, _ = job.features("train")
+    test_x, test_y, _ = job.features("test")
+    probe = fit_adam(x, y, job.classes, job.args.probe_epochs, job.args.seed)
+    train_top1 = accuracies(F.linear(x, *probe), y)["top1"]
+    return {**accuracies(F.linear(test_x, *probe), test_y), "train_top1": train_top1}
+
+
+# ---- nearest neighbours --------------------------------------------------------------------------
+def knn(job):
+    """{"k5_euclidean": percent, ..} for each --k, and neighbours.png."""
+    x, y, _ = job.features("train")
+    test_x, test_y, _ = job.features("test")
+    ks = [k for k in job.args.k if k <= len(x)]
+    if not ks:
+        fail(f"--k {job.args.k}: there are only {len(x)} training images")
+    if len(ks) < len(job.args.k):
+        print(f"  knn: only k = {ks}, there are only {len(x)} training images")
+
+    found = {}
+    for metric in ("euclidean", "cosine"):
+        near, index = nearest(x, test_x, max(ks), metric)
+        for k in ks:
+            predicted = vote(near[:, :k], y[index[:, :k]], metric)
+            found[f"k{k}_{metric}"] = 100 * (predicted == test_y).float().mean().item()
+    if job.writable:
+        draw_neighbours(job)
+    return found
+
+
+def draw_neighbours(job):
+    """neighbours.png: a test image of each of eight classes, its five nearest training images."""
+    x, y, images = job.features("train")
+    test_x, test_y, test_images = job.features("test")
+    shown = [(test_y == c).nonzero()[0].item() for c in test_y.unique()[:8]]
+    _, index = nearest(x, test_x[shown], 5, "euclidean")
+
+    rows = {}
+    for i, neighbours in zip(shown, index.tolist()):
+        pictures = [framed(job.picture("test", test_images[i]), WHITE)]
+        for j in neighbours:
+            colour = GREEN if y[j] == test_y[i] else RED
+            pictures.append(framed(job.picture("train", images[j]), colour))
+        rows[job.test.classes[test_y[i]]] = torch.stack(pictures)
+    path = f"{job.args.run}/neighbours.png"
+    draw_grid(path, rows)
+    print(f"  {path}: test images (left), their five nearest training images, green: same class")
+
+
+def framed(image, colour):
+    """image (3, S, S) with a border of S / 16 pixels."""
+    border = max(1, image.shape[1] // 16)
+    size = image.shape[1] + 2 * border
+    picture = torch.tensor(colour)[:, None, None].repeat(1, size, size)
+    picture[:, border:-border, border:-border] = image
+    return picture
+
+
+# ---- few-shot episodes ---------------------------------------------------------------------------
+def few_shot_episodes(labels, way, shot, queries, episodes, seed):
+    """Indices of support (E, way, shot) and query images (E, way, queries) of E episodes.
+
+    `way` classes an episode; the images of a class are all different."""
+    members = []
+    for c in labels.unique():
+        rows = (labels == c).nonzero()[:, 0]
+        if len(rows) >= shot + queries:
+            members.append(rows)
+    if len(members) < way:
+        fail(f"--way {way}: only {len(members)} classes have {shot} + {queries} test images")
+
+    g = rng(seed, "episodes")
+    drawn = []
+    for _ in range(episodes):
+        episode = []
+        for c in torch.randperm(len(members), generator=g)[:way].tolist():
+            order = torch.randperm(len(members[c]), generator=g)
+            episode.append(members[c][order[:shot + queries]])
+        drawn.append(torch.stack(episode))
+    return torch.stack(drawn).split([shot, queries], dim=2)
+
+
+def nearest_centroid(support, query):
+    """Accuracy (E,) in percent: support (E, way, shot, d), query (E, way, queries, d)."""
+    _, way, queries, _ = query.shape
+    centroids = support.mean(2)                                     # (E, way, d)
+    distance = torch.cdist(query.flatten(1, 2), centroids)
+    truth = torch.arange(way, device=query.device).repeat_interleave(queries)
+    return 100 * (distance.argmin(2) == truth).float().mean(1)
+
+
+def logistic_regression(support, query, iterations=100):
+    """(accuracy (E,) in percent, logits (E, way queries, way)), a regression for each episode.
+
+    It minimises the sum of cross-entropies + ||W||^2 / 2, W over the features and a constant 1. In
+    the kernel, W = A^T X: the Hessian in the logits is at most 1/2, so that each step
+    A <- A - (K / 2 + I)^-1 (pi - Y + A) descends, without a step length. [Boehning 1992]"""
+    _, way, shot, _ = support.shape
+    x = F.pad(support.flatten(1, 2), (0, 1), value=1)               # (E, way shot, d + 1)
+    q = F.pad(query.flatten(1, 2), (0, 1), value=1)
+    K = x @ x.mT
+    identity = torch.eye(way * shot, dtype=x.dtype, device=x.device)
+    Y = torch.eye(way, dtype=x.dtype, device=x.device).repeat_interleave(shot, 0)
+
+    inverse = torch.linalg.inv(K / 2 + identity)
+    A = torch.zeros_like(K[..., :way])
+    for _ in range(iterations):
+        pi = (K @ A).softmax(2)
+        A = A - inverse @ (pi - Y + A)
+
+    logits = q @ x.mT @ A
+    truth = torch.arange(way, device=x.device).repeat_interleave(query.shape[2])
+    return 100 * (logits.argmax(2) == truth).float().mean(1), logits
+
+
+def interval(values):
+    """(mean, half of its 95 % confidence interval) of values (n,)."""
+    values = values.double().cpu()
+    half = 1.96 * values.std() / len(values) ** 0.5
+    return values.mean().item(), half.item()
+
+
+def fewshot(job):
+    """{"5way_1shot_centroid": percent, "5way_1shot_centroid_pm": half of the interval, ..}."""
+    args = job.args
+    x, y, _ = job.features("test")
+    x = F.normalize(x, dim=1)
+    found = {}
+    for shot in args.shot:
+        support, query = few_shot_episodes(y.cpu(), args.way, shot, args.queries, args.episodes,
+                                           args.seed)
+        scores = {"centroid": [], "logistic": []}
+        for s, q in zip(support.to(x.device).split(100), query.to(x.device).split(100)):
+            scores["centroid"].append(nearest_centroid(x[s], x[q]))
+            scores["logistic"].append(logistic_regression(x[s], x[q])[0])
+        for name, values in scores.items():
+            name = f"{args.way}way_{shot}shot_{name}"
+            found[name], found[f"{name}_pm"] = interval(torch.cat(values))
+    return found
+
+
+# ---- spectrum ------------------------------------------------------------------------------------
 def eigenvalues(x):
     """Eigenvalues, largest first, of the covariance (divisor n - 1) of the rows of x (n, d)."""
     return torch.linalg.eigvalsh(torch.cov(x.double().T)).flip(0).clamp(min=0)
 
 
-def distance_ratio(z):
-    """M = (max - min) / min over the distances of each of the n normalised rows of z (n, d) to the others -> (n,). [SparseHead Eq. 9]"""
-    z = F.normalize(z, dim=1)
-    d = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")
-    nearest = d.clone().fill_diagonal_(torch.inf).min(1).values.clamp(min=1e-12)
-    return (d.max(1).values - nearest) / nearest
-
-
-def pca_plane(x):
-    """(coordinates (n, 2), share of the variance (2,)) of x (n, d) on its two principal axes; an axis's largest loading is positive."""
-    _, s, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
-    return (x - x.mean(0)) @ axes.T, s[:2].square() / s.square().sum()
-
-
-# ---- mini-batches as classification tasks ---------------------------------------------------------------------------
-def pair_logits(h, temperature):
-    """Every view of n images classified among the n other views, h (2, n, d) centred and normalised -> (2n, n); row i belongs to i mod n."""
-    h = F.normalize(h - h.mean((0, 1)), dim=2)
-    return (h @ h.flip(0).mT / temperature).flatten(0, 1)
-
-
-def own_class(h):
-    return torch.arange(h.shape[-2], device=h.device).repeat(2)
-
-
-def sigma(tasks, temperature):
-    """Mean of -log pi_y over tasks (T, 2, n, d): KL(one-hot || pi); the other way round, as printed, it is infinite. [GeSSL Definition 3.2]"""
-    return torch.stack([F.cross_entropy(pair_logits(h, temperature), own_class(h)) for h in tasks]).mean()
-
-
-def instance_accuracy(tasks):
-    """Share, in percent, of views whose own image is the nearest: tasks (T, 2, n, d)."""
-    return 100 * torch.stack([(pair_logits(h, 1).argmax(1) == own_class(h)).float().mean() for h in tasks]).mean()
-
-
-def calibrate_temperature(tasks):
-    """The temperature of TEMPERATURES with the lowest sigma."""
-    return min(TEMPERATURES, key=lambda t: sigma(tasks, t).item())
-
-
-def task_views(job, part, count):
-    """Yield `count` mini-batches of two views, [(n, 3, S, S)] * 2, of different images of `part`: SimCLR's views for every run, whatever it was
-    trained on, so that runs compare."""
-    recipe = dict(AUGMENTATION["imagenet" if job.state["image_size"] > SMALL else "small"][0], mean=job.state["mean"], std=job.state["std"])
-    data = Data(part.name, part.images, part.labels, [], None, job.state["image_size"])
-    return training_views(data, [recipe] * 2, job.state["image_size"], job.args.task_size, job.args.seed, 0, 1, job.device, job.args.workers, 0, count)
-
-
-def count_tasks(job, part, groups):
-    count = min(MAX_TASKS, len(part.labels) // (groups * job.args.task_size))
-    return count if count * groups > 1 else fail(f"--task-size {job.args.task_size}: two such tasks need more than the {len(part.labels)} images of {part.name}")
-
-
-def sigma_protocol(job):
-    """Sigma, its temperature (calibrated on tasks of other images), accuracy; on representation and, where there is one, embedding."""
-    count, spaces = count_tasks(job, job.test, 2), {}
-    with torch.no_grad():
-        for views in task_views(job, job.test, 2 * count):
-            h = job.backbone(torch.cat(views)).float()
-            for name, z in spaces_of(job, h).items():
-                spaces.setdefault(name, []).append(z.unflatten(0, (2, -1)))
-    found = {}
-    for name, tasks in spaces.items():
-        temperature = calibrate_temperature(tasks[count:])
-        found |= {name: sigma(tasks[:count], temperature).item(), f"{name}_accuracy": instance_accuracy(tasks[:count]).item(), f"{name}_temperature": temperature}
-    return found | {"log_n": math.log(job.args.task_size)}
-
-
-def adaptation(job):
-    """Accuracy on training tasks before and after one step of gradient descent on the task's InfoNCE (tau 0.2, on centred features), and its ratio r to
-    this run's for an --overlay run that has been through the same. [GeSSL Definition 3.1, Table 15]"""
-    names, params = zip(*((k, p.detach().requires_grad_()) for k, p in job.backbone.named_parameters()))
-    tasks, count, loss_of = [], count_tasks(job, job.train, 1), lambda h: info_nce(h - h.mean((0, 1)), 0.2)
-    job.backbone.train()
-    for views in task_views(job, job.train, count):
-        x = torch.cat(views)
-        embed = lambda params: functional_call(job.backbone, dict(zip(names, params)), (x,)).float().unflatten(0, (2, -1))
-        with batch_stats_only(job.backbone):
-            h = embed(params)
-            grads = torch.autograd.grad(loss_of(h), params, materialize_grads=True)
-            with torch.no_grad():
-                after = embed(torch._foreach_add(params, grads, alpha=-job.args.inner_lr))
-                tasks.append(torch.stack([value for z in (h, after) for value in (instance_accuracy(z[None]), loss_of(z))]))
-    job.backbone.eval()
-    found = {}
-    for name, column in zip(("before", "loss_before", "after", "loss_after"), torch.stack(tasks).T):
-        found[name], found[f"{name}_pm"] = interval(column)
-    if found["loss_after"] > found["loss_before"]:
-        print(f"  adaptation: the step raises the loss it descends, --inner-lr {job.args.inner_lr:g} is too long")
+def spectrum(job):
+    """Effective rank, eigenvalues above 1e-6 of the largest, of the test features; spectrum.png."""
+    x, _, _ = job.features("test")
+    values = eigenvalues(x).cpu()
+    curves = {job.args.run: values}
     for other in job.args.overlay:
-        wanted = (one_spelling(job.name), "adaptation", "after", settings_of("adaptation", job.args), job.classes, weights_hash(load_run(other)[1]))
-        rows = [r for r in read_json(os.path.join(other, "eval.json"))["results"] if (*row_key(r), r.get("weights")) == wanted]
-        found[f"r_{run_name(other)}"] = rows[0]["value"] / found["after"] if rows else \
-            fail(f"--overlay {other}: no adaptation of its present weights on {job.name} with the same settings in its eval.json")
-    return found
+        curves[other] = eigenvalues(job.of(other).features("test")[0]).cpu()
+    if job.writable:
+        draw_spectra(f"{job.args.run}/spectrum.png", {"representation": curves})
+    return {"rank": effective_rank(x).item(),
+            "above_1e-6": (values > 1e-6 * values[0]).sum().item()}
 
 
-def conflict(job):
-    """Mean cosine between the gradients of two halves of a batch, and share of negative ones; conflict.png where the logs have it. InfoNCE at
-    tau 0.2 on the embedding, or the representation of a run without projector. [TC2 Fig. 1b/c]"""
-    params, found, count = [p.detach().requires_grad_() for p in job.backbone.parameters()], [], count_tasks(job, job.train, 1)
-    names = [k for k, _ in job.backbone.named_parameters()]
-    job.backbone.train()
-    for views in task_views(job, job.train, count):
-        gradients = []
-        for halves in zip(*(v.chunk(2) for v in views)):
-            with batch_stats_only(job.backbone):
-                h = functional_call(job.backbone, dict(zip(names, params)), (torch.cat(halves),)).float()
-            z = (job.projector(h) if job.projector else h).unflatten(0, (2, -1))
-            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(info_nce(z, 0.2), params, materialize_grads=True)]))
-        found.append(torch.stack(gradient_conflict(torch.stack(gradients))))
-    job.backbone.eval()
-    (cosine, pm), (negative, _) = (interval(column) for column in torch.stack(found).T)
-    plot_conflict([job.args.run, *job.args.overlay], os.path.join(job.args.run, "conflict.png"))
-    return {"cosine": cosine, "cosine_pm": pm, "negative_share": negative}
+def draw_spectra(path, panels):
+    """Eigenvalues by index: panels {title: {name of a run: eigenvalues}}."""
+    from matplotlib.figure import Figure        # takes a second; pyplot would choose a backend
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, curves) in zip(axes, panels.items()):
+        for name, values in curves.items():
+            relative = (values / values[0]).clamp(min=1e-16)
+            axis.plot(range(1, len(values) + 1), relative, label=f"{name}, {len(values)} dim.")
+        axis.set(title=title, xlabel="index", ylabel="eigenvalue / largest", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
-# ---- fine-tuning ----------------------------------------------------------------------------------------------------
-def layer_groups(backbone, head, lr, weight_decay, decay):
-    """Parameter groups of a ViT: lr decay^(L + 1 - layer), layer 0 = patch embedding and class token, 1 to L = blocks, L + 1 = norm and head; no weight
-    decay on biases, norms and the class token. [MAE Appendix A, layer-wise learning-rate decay]"""
-    layers = [[backbone.class_token, *backbone.patch_embed.parameters()], *(list(b.parameters()) for b in backbone.blocks), [*backbone.norm.parameters(), *head.parameters()]]
-    return [{"params": chosen, "lr": lr * decay ** (len(layers) - 1 - i), "weight_decay": weight_decay * matrix} for i, params in enumerate(layers)
-            for matrix in (True, False) if (chosen := [p for p in params if (p.ndim == 2) == matrix])]
+# ---- fine-tuning ---------------------------------------------------------------------------------
+def balanced_subset(labels, fraction, seed):
+    """Ascending indices of max(1, round(fraction n_c)) images of each class c.
+
+    A smaller fraction's choice lies in a larger one's."""
+    chosen = []
+    for c in labels.unique().tolist():
+        rows = (labels == c).nonzero()[:, 0]
+        order = torch.randperm(len(rows), generator=rng(seed, "labels", c))
+        count = max(1, round(fraction * len(rows)))
+        chosen.append(rows[order[:count]])
+    return torch.cat(chosen).sort().values
 
 
-def tune(job, images, labels, test, classes, fraction, scale):
-    """((logits (n, classes), labels (n,)) of `test` = (images, labels), training accuracy in the last epoch) after fine-tuning a copy of the backbone and a new
-    classifier on (images, labels). The rate falls to 0 along a cosine; no weight decay for a ResNet."""
-    args, state, batch = job.args, job.state, len(labels) // -(-len(labels) // 256)                    # at most 256, hardly an image left out
-    recipe = dict(crop=(0.08 if state["image_size"] > SMALL else 0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, jitter_p=0, jitter=(0, 0, 0, 0), gray_p=0, blur_p=0,
-                  solarize_p=0, mean=state["mean"], std=state["std"])
-    torch.manual_seed(args.seed)
-    backbone, head = copy.deepcopy(job.backbone).requires_grad_().train(), nn.Linear(job.width, classes).to(job.device)
-    net = nn.Sequential(backbone, head)
-    nn.init.zeros_(head.weight)
+def layer_groups(vit, head, lr, weight_decay, decay):
+    """Parameter groups of a ViT with L blocks: lr decay^(L + 1 - layer). [MAE Appendix A]
+
+    Layer 0: patch embedding and class token, 1 to L: blocks, L + 1: norm and head. No weight decay
+    on biases, norms and the class token."""
+    layers = [[vit.class_token, *vit.patch_embed.parameters()]]
+    layers += [list(block.parameters()) for block in vit.blocks]
+    layers += [[*vit.norm.parameters(), *head.parameters()]]
+    groups = []
+    for i, params in enumerate(layers):
+        layer_lr = lr * decay ** (len(layers) - 1 - i)
+        matrices = [p for p in params if p.ndim == 2]
+        others = [p for p in params if p.ndim != 2]
+        groups.append({"params": matrices, "lr": layer_lr, "weight_decay": weight_decay})
+        groups.append({"params": others, "lr": layer_lr, "weight_decay": 0.0})
+    return groups
+
+
+def tune_optimizer(backbone, head, fraction, batch):
+    """(optimiser, share of the steps that warm up). A ResNet's rates are those of its share."""
     if hasattr(backbone, "patch_embed"):
-        opt = torch.optim.AdamW(layer_groups(backbone, head, VIT_LR * scale, VIT_WEIGHT_DECAY, VIT_LAYER_DECAY))
-    else:
-        head_lr, body_lr = TUNE_LR[min(TUNE_LR, key=lambda f: abs(math.log(f / fraction)))]
-        scale = scale * batch / 256
-        opt = torch.optim.SGD([{"params": backbone.parameters(), "lr": body_lr * scale}, {"params": head.parameters(), "lr": head_lr * scale}], momentum=0.9)
-    per_epoch, peak = len(labels) // batch, [group["lr"] for group in opt.param_groups]
-    total, warmup = args.tune_epochs * per_epoch, 0.1 * args.tune_epochs * per_epoch if hasattr(backbone, "patch_embed") else 0
-    views = training_views(Data(job.name, images, labels, [], None, state["image_size"]), [recipe], state["image_size"], batch, args.seed, 0, 1, job.device, args.workers,
-                           0, total, labelled=True)
-    hits = []
-    for step, ((x,), y) in enumerate(views):
-        for group, lr in zip(opt.param_groups, peak):
-            group["lr"] = lr * lr_scale(step, total, warmup)
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)):
-            logits = net(x).float()
-            loss = F.cross_entropy(logits, y)
-        if step >= total - per_epoch:
-            hits.append((logits.argmax(1) == y).float().mean())
+        groups = layer_groups(backbone, head, VIT_LR, VIT_WEIGHT_DECAY, VIT_LAYER_DECAY)
+        return torch.optim.AdamW(groups), 0.1
+
+    def distance(share):
+        return abs(math.log(share / fraction))
+
+    head_lr, backbone_lr = TUNE_LR[min(TUNE_LR, key=distance)]
+    groups = [{"params": backbone.parameters(), "lr": backbone_lr * batch / 256},
+              {"params": head.parameters(), "lr": head_lr * batch / 256}]
+    return torch.optim.SGD(groups, momentum=0.9), 0
+
+
+def tune(job, images, labels, fraction):
+    """(a copy of the backbone with a classifier, both trained; training accuracy in percent).
+
+    The rate falls to 0 along a cosine; crops and flips; the accuracy is that of the last epoch."""
+    args = job.args
+    size = job.state["image_size"]
+    per_epoch = math.ceil(len(labels) / 256)
+    batch = len(labels) // per_epoch                    # at most 256, hardly an image left out
+    per_epoch = len(labels) // batch
+    total = args.tune_epochs * per_epoch
+    recipe = {"crop": (0.08 if size > SMALL else 0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5,
+              "jitter": (0, 0, 0, 0), "jitter_p": 0, "gray_p": 0, "blur_p": 0, "solarize_p": 0,
+              "mean": job.state["mean"], "std": job.state["std"]}
+
+    torch.manual_seed(args.seed)
+    backbone = copy.deepcopy(job.backbone).requires_grad_().train()
+    head = nn.Linear(job.features_dim, job.classes).to(job.device)
+    nn.init.zeros_(head.weight)
+    net = nn.Sequential(backbone, head)
+    opt, warmup = tune_optimizer(backbone, head, fraction, batch)
+    bf16 = job.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    data = Data(job.data, images, labels, [], None, size, None, "")
+    settings = types.SimpleNamespace(images_per_step=batch, image_size=size, seed=args.seed,
+                                     workers=args.workers)
+    batches = training_batches(data, [recipe], settings, 0, 1, job.device, 0, total)
+    right = 0
+    seen = 0
+    for step, (views, index) in enumerate(batches):
+        set_lr({"net": opt}, lr_scale(step, total, warmup * total))
+        y = labels[index].to(job.device)
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
+            logits = net(views[0]).float()
+        loss = F.cross_entropy(logits, y)
         opt.zero_grad()
         loss.backward()
         opt.step()
-    logits, kept = extract_features(net, test[0], state["image_size"], state["mean"], state["std"], args.workers, job.device, job.name)
-    return (logits, test[1][kept].to(job.device)), 100 * float(sum(hits) / max(1, len(hits)))
+        if step >= total - per_epoch:
+            right += (logits.argmax(1) == y).sum()
+            seen += len(y)
+    return net, 100 * (right / seen).item()
 
 
 def finetune(job):
-    """{"1%_top1": .., "1%_top5": .., "1%_train_top1": .., "1%_images": ..} for each --label-fraction, or of the images in --label-list."""
-    part, args, found = job.train, job.args, {}
-    classes = int(torch.cat([part.labels, job.test.labels]).max()) + 1
-    if args.label_list:
-        rows = listed_subset(part.files or fail(f"--label-list: the images of {part.name} are not files"), args.label_list)
-        chosen = {"list": (len(rows) / len(part.labels), rows)}
-    else:
-        chosen = {f"{100 * f:g}%": (f, balanced_subset(part.labels, f, 0)) for f in args.label_fraction}        # the same images for every seed
-    test = take(job.test, (job.test.labels >= 0).nonzero()[:, 0]), job.test.labels[job.test.labels >= 0]
-    for name, (fraction, rows) in chosen.items():
-        scale, labels = 1, part.labels[rows]
-        if args.sweep:
-            rest, held = hold_out(labels, 0.2, args.seed)
-            scores = [top_accuracies(*tune(job, take(part, rows[rest]), labels[rest], (take(part, rows[held]), labels[held]), classes, fraction, s)[0])["top1"] for s in TUNE_GRID]
-            print("\n".join(f"  sweep: {name} of the labels, learning rates times {s:g}: {score:.2f} on {len(held)} held out" for s, score in zip(TUNE_GRID, scores)))
-            scale = TUNE_GRID[scores.index(max(scores))]
-        tuned, fitted = tune(job, take(part, rows), labels, test, classes, fraction, scale)
-        found |= {f"{name}_{k}": v for k, v in {**top_accuracies(*tuned), "train_top1": fitted, "images": len(rows), **({"lr_scale": scale} if args.sweep else {})}.items()}
-    return found
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-def figure_of(columns):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, columns, figsize=(5.5 * columns, 4.5), layout="constrained", squeeze=False)
-    def finish(path):
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-    return axes[0], finish
-
-
-def run_name(run):
-    return os.path.basename(os.path.normpath(run))
-
-
-def plot_spectra(runs, path):
-    """Log-scaled eigenvalues by index, representation left, embedding right, one curve per run. [SparseHead Figs. 1 and 3]"""
-    axes, finish = figure_of(2)
-    for run, style in zip(runs, ["-", "--", "-.", ":"] * len(runs)):
-        for axis, (name, values) in zip(axes, read_json(os.path.join(run, "spectrum.json"))["eigenvalues"].items()):
-            values = torch.tensor(values, dtype=torch.float64)
-            axis.plot((values / values[0]).clamp(min=1e-16).log10(), style, label=f"{run_name(run)}, {len(values)} dimensions")
-            axis.set(title=name, xlabel="index of the eigenvalue", ylabel="log10 of eigenvalue / largest")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize="small")
-    for axis in axes:
-        axis.set_axis_on() if axis.has_data() else axis.set_axis_off()
-    finish(path)
-
-
-def plot_conflict(runs, path):
-    """Cosine between the tasks' gradients over training, from the logs that have it. [TC2 Fig. 1b/c]"""
-    logs = {run: [json.loads(line) for line in open(log)] for run in runs if os.path.isfile(log := os.path.join(run, "log.jsonl"))}
-    curves = {(run, key): [(r["step"], r[key]) for r in rows if key in r] for run, rows in logs.items() for key in ("conflict_cos_raw", "conflict_cos_calibrated")}
-    if not any(curves.values()):
-        return
-    (axis,), finish = figure_of(1)
-    for (run, key), points in curves.items():
-        if points:
-            axis.plot(*zip(*points), "-" if key.endswith("raw") else "--", label=f"{run_name(run)}, {'z' if key.endswith('raw') else 'calibrated z'}")
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(title="task conflict", xlabel="step", ylabel="mean cosine between the tasks' gradients")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
-    finish(path)
-
-
-def pca(job):
-    """pca.png: up to 2,000 test features in the plane of their two largest variances, coloured by class (the first ten); shares in percent."""
-    x, y = (t[:: -(-len(t) // 2000)].cpu() for t in features(job, job.test))
-    points, share = pca_plane(x)
-    (axis,), finish = figure_of(1)
-    for c, marker in zip(y.unique().tolist(), "os^vD<>PX*"):
-        axis.scatter(*points[y == c].T, s=9, alpha=0.6, marker=marker, label=str(job.test.classes[c]))
-    axis.set(title=run_name(job.args.run), xlabel=f"first axis, {100 * share[0]:.0f} % of the variance", ylabel=f"second axis, {100 * share[1]:.0f} %")
-    axis.legend(fontsize="small", markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    finish(os.path.join(job.args.run, "pca.png"))
-    return {"axis1_share": 100 * share[0].item(), "axis2_share": 100 * share[1].item()}
-
-
-# ---- one job --------------------------------------------------------------------------------------------------------
-def embedding(job, h):
-    return torch.cat([job.projector(part) for part in h.split(4096)])
-
-
-def spaces_of(job, h):
-    """{"representation": h, "embedding": projector(h)} of features (n, d), the second where the run has a projector."""
-    return {"representation": h} | ({"embedding": embedding(job, h)} if job.projector else {})
-
-
-def spectrum(job):
-    """Effective rank, and number of eigenvalues above 1e-6 of the largest, of representation and embedding of the test images."""
-    found, spectra = {}, {}
-    for other in job.args.overlay:
-        seen = read_json(os.path.join(other, "spectrum.json"))
-        if [one_spelling(seen["data"]), seen.get("classes"), seen.get("weights")] != [one_spelling(job.name), job.classes, weights_hash(load_run(other)[1])]:
-            fail(f"--overlay {other}: its spectrum.json is of {seen['data']}, not of {job.name}, of other classes, or of weights that it has no more")
-    for name, x in spaces_of(job, features(job, job.test)[0]).items():
-        values = eigenvalues(x)
-        spectra[name] = values.tolist()
-        found |= {f"{name}_rank": effective_rank(x).item(), f"{name}_above_1e-6": (values > 1e-6 * values[0]).sum().item()}
-    save(os.path.join(job.args.run, "spectrum.json"), json.dumps({"data": job.name, "classes": job.classes, "weights": job.weights, "eigenvalues": spectra}))
-    plot_spectra([job.args.run, *job.args.overlay], os.path.join(job.args.run, "spectrum.png"))
-    return found
-
-
-def ratios(job):
-    """Median and tenth percentile of M over up to 5,000 test images, and the spread of the features (0 = collapsed). [SparseHead Eq. 9]"""
+    """{"1%_top1", "1%_top5", "1%_train_top1", "1%_images", ..} for each --label-fraction."""
     found = {}
-    h = features(job, job.test)[0]
-    for name, z in spaces_of(job, h[:: -(-len(h) // 5000)]).items():                        # files come class by class
-        ratio = distance_ratio(z)
-        found |= {name: ratio.median().item(), f"{name}_tenth": ratio.quantile(0.1).item(), f"{name}_std": embedding_std(z).item()}
+    for fraction in job.args.label_fraction:
+        rows = balanced_subset(job.train.labels, fraction, seed=0)      # whatever --seed is
+        images = pick(job.train.images, rows)
+        net, train_top1 = tune(job, images, job.train.labels[rows], fraction)
+        logits, labels, _ = job.extract(net, "test")
+        scores = {**accuracies(logits, labels), "train_top1": train_top1, "images": len(rows)}
+        for name, value in scores.items():
+            found[f"{100 * fraction:g}%_{name}"] = value
     return found
 
 
-def on_features(protocol, parts=("train", "test")):
-    """A protocol (train, test, args), or of one of them, on --on representation or embedding, once for each held-out domain with --domains."""
-    def run(job):
-        pick = lambda part: (embedding(job, part[0]) if job.args.on == "embedding" else part[0], part[1])
-        if not job.domains:
-            return protocol(*(pick(features(job, getattr(job, part))) for part in parts), job.args)
-        domains, found = {run_name(part.name): features(job, part) for part in job.domains}, {}
-        for name in domains:
-            train = pick([torch.cat(c) for c in zip(*(domains[other] for other in domains if other != name))])
-            for metric, value in protocol(train, pick(domains[name]), job.args).items():
-                found.setdefault(metric, {})[name] = value
-        return {f"{metric}_{name}": value for metric, values in found.items() for name, value in
-                {**values, **({"average": sum(values.values()) / len(values), "worst": min(values.values())} if len(values) == len(domains) else {})}.items()}
-    return run
+# ---- a run, its data and its features ------------------------------------------------------------
+class Part(typing.NamedTuple):
+    """The labelled images to train or to test on."""
+    images: typing.Any          # uint8 (N, 3, S, S), or a list of file names
+    labels: torch.Tensor        # int64 (N,)
+    classes: list               # their names
 
 
-def knn_protocol(train, test, args):
-    for k in (too_many := [k for k in args.k if k > len(train[0])]):
-        print(f"  knn: left out k = {k}, there are only {len(train[0])} training images")
-    return knn(train, test, [k for k in args.k if k not in too_many] or fail(f"--k {args.k}: there are only {len(train[0])} training images"))
-
-
-PROTOCOLS = {"linear": on_features(linear), "knn": on_features(knn_protocol), "finetune": finetune, "fewshot": on_features(fewshot, ["test"]), "sigma": sigma_protocol,
-             "adaptation": adaptation, "spectrum": spectrum, "distance-ratio": ratios, "conflict": conflict, "pca": pca}
-BY_DOMAIN = ("linear", "knn")
-SETTINGS = {"linear": ("probe_epochs", "seed"), "finetune": ("tune_epochs", "label_list", "seed"), "fewshot": ("queries", "episodes", "seed"), "sigma": ("task_size", "seed"),
-            "adaptation": ("task_size", "inner_lr", "seed"), "conflict": ("task_size", "seed")}         # rows of eval.json differ if these do
-
-
-def settings_of(protocol, args):
-    return {k: getattr(args, k) for k in SETTINGS.get(protocol, ())}
-
-
-def row_key(row):
-    return one_spelling(row["data"]), *(row.get(k) for k in ("protocol", "metric", "settings", "classes"))
-
-
-def weights_hash(state):
-    """Of the weights and preprocessing in backbone.pt: what belongs to other weights is not kept."""
-    return digest(*(v for kv in state["state_dict"].items() for v in kv), *(state[k] for k in ("image_size", "mean", "std")))[:12]
-
-
-def parse_args(argv=None):
-    p = Parser(description=__doc__.split("\n\nRUN is")[0], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    flag = lambda name, kind, text, **kw: p.add_argument(name, type=kind, help=text.replace("%", "%%"), **kw)
-    p.add_argument("run", metavar="RUN", help="folder with backbone.pt")
-    flag("--data", str, "as in the training scripts (default: the data of the run)")
-    flag("--classes", str, "file of class names: only these class folders (default: the run's, on the run's data)")
-    flag("--train-data", str, "train here instead: a data set, a folder with train/, or a folder of class folders")
-    flag("--test-data", str, "and test here, on the same classes")
-    flag("--domains", str, "folder of domains, each a folder of the same class folders: train on all but one, test on it, average and worst")
-    p.add_argument("--protocol", nargs="+", metavar="PROTOCOL", choices=tuple(PROTOCOLS), default=["linear", "knn"], help="one or more of those above (default: linear knn)")
-    flag("--on", str, "features of linear, knn and fewshot (default: representation)", choices=("representation", "embedding"), default="representation")
-    flag("--k", number(int, 1), "knn: neighbours (default: 1 5 10 20 200)", nargs="+", default=[1, 5, 10, 20, 200])
-    flag("--probe-epochs", number(int, 1), "linear: epochs (default: 500, the papers')", default=500)
-    flag("--label-fraction", number(float, 1e-6, 1), "finetune: shares of the labels, class-balanced (default: 0.01 0.1)", nargs="+", default=[0.01, 0.1])
-    flag("--label-list", str, "finetune: a file of image names instead, such as ImageNet's published 1 % and 10 % lists")
-    flag("--tune-epochs", number(int, 1), "finetune: epochs (default: 50, the papers')", default=50)
-    flag("--way", number(int, 2), "fewshot: N, classes of an episode (default: 5)", default=5)
-    flag("--shot", number(int, 1), "fewshot: K, labelled images per class (default: 1 5)", nargs="+", default=[1, 5])
-    flag("--queries", number(int, 1), "fewshot: test images per class (default: 15)", default=15)
-    flag("--episodes", number(int, 2), "fewshot: (default: 600)", default=600)
-    flag("--task-size", number(int, 4), "sigma, adaptation, conflict: N, images of a task (default: 64)", default=64)
-    flag("--inner-lr", number(float, 0), "adaptation: alpha of the one step (default: 0.01)", default=0.01)
-    p.add_argument("--sweep", action="store_true", help="linear, finetune: choose learning rate and weight decay on held-out training images, print the grid")
-    p.add_argument("--overlay", nargs="+", default=[], metavar="RUN", help="spectrum, conflict: draw these runs too; adaptation: the ratio r to them")
-    flag("--workers", number(int, 0), "decoding processes for images above 96 px", default=cores_per_process())
-    flag("--seed", number(int, 0), "initial weights and order of classifiers, episodes, tasks (default: 0)", default=0)
-    return p.parse_args(argv)
-
-
-def check_args(args):
-    if (args.train_data is None) != (args.test_data is None):
-        fail("--train-data and --test-data: give both or neither")
-    if sum(x is not None for x in (args.data, args.train_data, args.domains)) > 1:
-        fail("--data, --train-data, --domains: choose one")
-    if args.domains and set(args.protocol) - set(BY_DOMAIN):
-        fail(f"--domains: goes with {' and '.join(BY_DOMAIN)}, not with {', '.join(sorted(set(args.protocol) - set(BY_DOMAIN)))}")
-    if args.domains and args.sweep:
-        fail("--sweep: cannot go with --domains")
-    if args.label_list and not os.path.isfile(args.label_list):
-        fail(f"--label-list {args.label_list}: no such file")
-    for other in args.overlay:
-        for protocol, name in (("spectrum", "spectrum.json"), ("adaptation", "eval.json")):
-            if protocol in args.protocol and not os.path.isfile(os.path.join(other, name)):
-                fail(f"--overlay {other}: no {name} in it, run --protocol {protocol} there first")
+def pick(images, rows):
+    """The images at `rows`, from a tensor or a list of file names."""
+    if torch.is_tensor(images):
+        return images[rows]
+    return [images[i] for i in rows.tolist()]
 
 
 def load_run(folder):
-    """(backbone with its trained weights, the dict of backbone.pt, the settings of the run or {})."""
-    path, log = os.path.join(folder, "backbone.pt"), os.path.join(folder, "log.jsonl")
+    """(backbone with its weights, what backbone.pt holds, the run's settings or {})."""
+    path = os.path.join(folder, "backbone.pt")
     if not os.path.isfile(path):
         fail(f"RUN {folder}: no backbone.pt in it")
     state = load_torch(path, f"RUN {folder}", ("arch", "image_size", "mean", "std", "state_dict"))
     try:
         if state["arch"].startswith("vit"):
-            mae, width = importlib.import_module("mae_tc2"), state["state_dict"]["patch_embed.weight"].shape[1]
-            backbone = mae.Encoder(state["image_size"], round((width / 3) ** 0.5), *mae.ARCHS[state["arch"]])
+            import mae_tc2
+            pixels = state["state_dict"]["patch_embed.weight"].shape[1]
+            patch_size = math.isqrt(pixels // 3)
+            backbone = mae_tc2.Encoder(state["image_size"], patch_size,
+                                       *mae_tc2.ARCHS[state["arch"]])
         else:
             backbone, _ = make_backbone(state["arch"], state["image_size"])
         backbone.load_state_dict(state["state_dict"])
-        with open(log) if os.path.isfile(log) else contextlib.nullcontext() as file:
-            return backbone, state, json.loads(file.readline())["settings"] if file else {}
-    except Exception as error:                          # another program's file: torch, json and Python raise a dozen types
-        fail(f"RUN {folder}: is not a run of this project ({type(error).__name__}: {str(error)[:80].partition(chr(10))[0]})")
+    except Exception as error:          # another program's file: a dozen types are possible
+        reason = str(error).split("\n")[0][:80]
+        fail(f"RUN {folder}: is not a run of this project ({type(error).__name__}: {reason})")
+    rows = read_log(folder)
+    settings = rows[0].get("settings", {}) if rows else {}
+    return backbone.eval().requires_grad_(False), state, settings
 
 
-def load_projector(folder, settings, device):
-    """The frozen projector of the run's last.pt, its script builds the networks; None if the method has none."""
-    path = os.path.join(folder, "last.pt")
-    if "script" not in settings or not os.path.isfile(path):
-        return None
-    nets, _ = importlib.import_module(settings["script"]).build_nets(argparse.Namespace(**settings))
-    nets.load_state_dict(load_torch(path, f"RUN {folder}", ("nets",))["nets"])
-    return nets["projector"].to(device).eval().requires_grad_(False) if "projector" in nets else None
+def load_part(name, split, size, workers, loaded):
+    """Part "train" or "test" of data with both, or all of a folder of class folders.
+
+    loaded {name: Data} saves what has been read."""
+    folder = os.path.expanduser(name)
+    if name not in BUILT_IN and os.path.isdir(folder) and find_splits(folder)[1] is None:
+        files, labels, classes = list_classes(folder)
+        if files:
+            return Part([os.path.join(folder, file) for file in files], labels, classes)
+    if name not in loaded:
+        loaded[name] = load_data(name, size, workers)
+    data = loaded[name]
+    if data.test_labels is None:
+        fail(f"{name}: has no class folders, and so no labels")
+    if split == "train":
+        return Part(data.train, data.train_labels, data.classes)
+    return Part(data.test, data.test_labels, data.classes)
 
 
-Part = namedtuple("Part", "name split images labels classes files")
+def load_joined(names, split, size, workers, loaded):
+    """The Parts of all `names` as one."""
+    parts = [load_part(name, split, size, workers, loaded) for name in names]
+    in_memory = torch.is_tensor(parts[0].images)
+    for part, name in zip(parts, names):
+        same_classes(parts[0], part, f"{names[0]} and {name}")
+        if torch.is_tensor(part.images) != in_memory:
+            fail(f"{names[0]} and {name}: cannot be joined, one is read at once, one file by file")
+    images = [part.images for part in parts]
+    images = torch.cat(images) if in_memory else sum(images, [])
+    return Part(images, torch.cat([part.labels for part in parts]), parts[0].classes)
 
 
-def take(part, rows):
-    """The images of a Part at the given rows: a tensor, or a list of files."""
-    return part.images[rows] if torch.is_tensor(part.images) else [part.images[i] for i in rows]
+def same_classes(a, b, names):
+    odd = sorted(set(a.classes) ^ set(b.classes))
+    if odd:
+        fail(f"{names}: must have the same classes; only one of them has {', '.join(odd[:5])}")
 
 
-def load_part(name, split, size, args, only=None):
-    """A Part: split "train" or "test" of whatever --data can name, or the whole of a folder of class folders."""
-    if os.path.isdir(name) and not (os.path.isdir(f"{name}/train") and any(os.path.isdir(f"{name}/{s}") for s in ("val", "test"))):
-        try:
-            found = ClassFolders(name, read_classes(only))
-        except FileNotFoundError as error:
-            fail(f"{name}: {str(error).split('. Supp')[0]}")
-        files = without_loops(name, [f for f, _ in found.samples])
-        return Part(name, split, files, torch.tensor(found.targets), found.classes, files)
-    return parts_of(name, size, args, only)[split == "test"]
+def load_parts(args, size):
+    """(training Part, test Part, what to call the data)."""
+    train_names = args.train_data or [args.data]
+    test_names = args.test_data or [args.data]
+    loaded = {}
+    train = load_joined(train_names, "train", size, args.workers, loaded)
+    test = load_joined(test_names, "test", size, args.workers, loaded)
+
+    train_name = " + ".join(map(spelling, train_names))
+    test_name = " + ".join(map(spelling, test_names))
+    same_classes(train, test, f"{train_name} and {test_name}")
+    if not torch.is_tensor(train.images) and not torch.is_tensor(test.images):
+        real = set(map(os.path.realpath, train.images))
+        if not real.isdisjoint(map(os.path.realpath, test.images)):
+            fail(f"{train_name} and {test_name}: training and test images are the same; give "
+                 "--train-data and --test-data, or a folder with train/ and val/ or test/")
+    if train_name == test_name:
+        return train, test, train_name
+    return train, test, f"{train_name} -> {test_name}"
 
 
-def parts_of(name, size, args, only=None):
-    """Training and test Part of whatever --data can name."""
-    data = load_data(name, size if size <= SMALL else None, args.workers, only)
-    if data.train_labels is None:
-        fail(f"--data {name}: has no train/ and val/ or test/ of class folders; a single folder of them can be --train-data or --test-data")
-    return Part(name, "train", data.train, data.train_labels, data.classes, data.files), \
-        Part(name, "test", data.test, data.test_labels, data.classes, None if torch.is_tensor(data.test) else data.test)
+def labelled(part):
+    rows = (part.labels >= 0).nonzero()[:, 0]
+    if len(rows) == len(part.labels):
+        return part
+    return Part(pick(part.images, rows), part.labels[rows], part.classes)
 
 
-def same_classes(a, b):
-    if list(a.classes) != list(b.classes):
-        odd = sorted(set(a.classes) ^ set(b.classes))
-        fail(f"{a.name} and {b.name} must have the same classes in the same order; only one of them has {', '.join(odd[:5]) or 'this order'}")
+def spelling(name):
+    """One spelling of a folder, relative where it lies below the working directory."""
+    path = os.path.abspath(os.path.expanduser(name))
+    below = os.path.relpath(path)
+    if name in BUILT_IN or not os.path.isdir(path):
+        return name
+    return path if below.startswith("..") else below
 
 
-def digest(*things):
-    """A hash of tensors and plain values."""
-    h = hashlib.sha256()
-    for thing in things:
-        h.update(thing.cpu().contiguous().numpy().tobytes() if torch.is_tensor(thing) else repr(thing).encode())
-    return h.hexdigest()
+class Job:
+    """What the protocols need: a run, its images, features when they are asked for."""
+    def __init__(self, args):
+        _, _, self.device = setup_processes(args.device)
+        self.args = args
+        self.backbone, self.state, self.settings = load_run(args.run)
+        self.backbone.to(self.device)
+        self.weights = weights_hash(self.backbone, self.state)
+        self.writable = os.access(args.run, os.W_OK)
+        if args.train_data is None and args.data is None:
+            args.data = self.settings.get("data")
+            if args.data is None:
+                fail(f"--data: not given, and {args.run} has no log that names it")
+
+        # Larger images stay as they are until their features are computed.
+        size = self.state["image_size"]
+        train, test, self.data = load_parts(args, size if size <= SMALL else None)
+        self.train = labelled(train)
+        self.test = labelled(test)
+        self.classes = len(self.train.classes)
+        blank = torch.zeros(1, 3, size, size, device=self.device)
+        self.features_dim = self.backbone(blank).shape[1]
+        self.known = {}
+
+    def of(self, folder):
+        """The same job for another run."""
+        return type(self)(argparse.Namespace(**{**vars(self.args), "run": folder}))
+
+    def extract(self, backbone, split):
+        """(features (n, d), labels (n,), n indices of the images) of "train" or "test"."""
+        part = getattr(self, split)
+        x, kept = extract_features(backbone, self.data, part.images, self.state["image_size"],
+                                   self.state, self.args.workers, self.device)
+        return x, part.labels[kept].to(self.device), kept
+
+    def features(self, split):
+        """`extract` of the run's own backbone, computed once."""
+        if split not in self.known:
+            start = time.perf_counter()
+            self.known[split] = self.extract(self.backbone, split)
+            seconds = time.perf_counter() - start
+            print(f"  features of {len(self.known[split][0])} {split} images: {seconds:.1f} s")
+        return self.known[split]
+
+    def picture(self, split, i):
+        """Image i of "train" or "test", (3, S, S) in [0, 1]."""
+        image = getattr(self, split).images[i]
+        if not torch.is_tensor(image):
+            image = decode(image)
+        return fit(image, self.state["image_size"]) / 255
 
 
-def features(job, part):
-    """(features (n, d), labels (n,)) on the device of the labelled images; from RUN/features if they have been computed before."""
-    if part.name + part.split in job.known:
-        return job.known[part.name + part.split]
-    rows, state = (part.labels >= 0).nonzero()[:, 0], job.state
-    images, labels = take(part, rows) if len(rows) < len(part.labels) else part.images, part.labels[rows]
-    content = images if torch.is_tensor(images) else [(f, os.path.getsize(f), os.path.getmtime(f)) for f in images]
-    folder = os.path.join(job.args.run, "features")
-    path = os.path.join(folder, f"{job.weights}-{digest(content, labels)[:12]}.pt")
-    if os.path.isfile(path):
-        found = load_torch(path, f"RUN {job.args.run}", ("x", "labels"))
-        x, labels = found["x"].to(job.device), found["labels"]
-    else:
-        begun = time.perf_counter()
-        x, kept = extract_features(job.backbone, images, state["image_size"], state["mean"], state["std"], job.args.workers, job.device, part.name)
-        labels = labels[kept]
-        print(f"features of {len(x)} {part.split} images of {part.name}: {time.perf_counter() - begun:.1f} s")
-        os.makedirs(folder, exist_ok=True)
-        for old in os.listdir(folder):
-            if not old.startswith(job.weights):
-                os.remove(os.path.join(folder, old))
-        save(path, {"x": x.cpu(), "labels": labels})
-    return job.known.setdefault(part.name + part.split, (x, labels.to(job.device)))
+def weights_hash(backbone, state):
+    """Of all weights and buffers, and of the preprocessing in backbone.pt."""
+    digest = hashlib.sha256(repr([state[k] for k in ("image_size", "mean", "std")]).encode())
+    for name, value in backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+# ---- results -------------------------------------------------------------------------------------
+PROTOCOLS = {"linear": linear, "linear_adam": linear_adam, "knn": knn, "finetune": finetune,
+             "fewshot": fewshot, "spectrum": spectrum}
+# Rows of other settings are other rows.
+SETTINGS = {"linear_adam": ("probe_epochs", "seed"), "finetune": ("tune_epochs", "seed"),
+            "fewshot": ("queries", "episodes", "seed")}
 
 
 def as_text(value):
     return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
 
 
-def show(run, data, rows):
-    """The aligned table, intervals beside their means, and a Markdown row with its head."""
-    half = {(r["protocol"], r["metric"]): r["value"] for r in rows}
-    cells = [(r["protocol"], r["metric"], as_text(r["value"]) + (f" ± {half[pm]:.2f}" if (pm := (r["protocol"], r["metric"] + "_pm")) in half else ""))
-             for r in rows if not r["metric"].endswith("_pm")]
-    widths = [max(map(len, column)) + 2 for column in zip(*cells)]
-    print("\n".join(f"{p:<{widths[0]}}{m:<{widths[1]}}{v:>{widths[2]}}" for p, m, v in cells))
-    print(f"\n| run | data | {' | '.join(f'{p} {m}' for p, m, _ in cells)} |\n|{'---|' * (len(cells) + 2)}\n| {run} | {data} | {' | '.join(v for *_, v in cells)} |")
+def table_cells(rows):
+    """[(protocol, metric, value)] as text; half an interval, `_pm`, stands beside its mean."""
+    values = {(row["protocol"], row["metric"]): row["value"] for row in rows}
+    cells = []
+    for (protocol, metric), value in values.items():
+        half = values.get((protocol, f"{metric}_pm"))
+        text = as_text(value)
+        if half is not None:
+            text += f" ± {half:.2f}"
+        if not metric.endswith("_pm"):
+            cells.append((protocol, metric, text))
+    return cells
 
 
-def read_json(path):
+def read_rows(path):
+    """The rows of eval.json. A file of the first edition is set aside."""
+    if not os.path.exists(path):
+        return []
     try:
         with open(path) as file:
-            return json.load(file)
+            rows = json.load(file)
     except (OSError, ValueError) as error:
-        fail(f"{path}: cannot be read ({error})")
+        fail(f"{path}: cannot be read ({error}); move it away")
+    if isinstance(rows, dict):
+        aside = path.replace("eval.json", "eval_first_edition.json")
+        os.replace(path, aside)
+        print(f"{path} is now {aside}: of the first edition, whose `linear` is today's linear_adam")
+        return []
+    return rows
 
 
-def make_job(args):
-    """What the protocols need: backbone, projector, images; features are computed when a protocol asks for them."""
-    job = SimpleNamespace(args=args, device=setup_distributed()[2], domains=None, projector=None, known={})
-    job.backbone, job.state, settings = load_run(args.run)
-    job.backbone.to(job.device).eval().requires_grad_(False)
-    job.frozen, job.weights = {k: v.clone() for k, v in job.backbone.state_dict().items()}, weights_hash(job.state)
-    job.projector, size = load_projector(args.run, settings, job.device), job.state["image_size"]
-    with torch.no_grad():
-        job.width = job.backbone(torch.zeros(1, 3, size, size, device=job.device)).shape[1]
-    if args.on == "embedding" and job.projector is None:
-        fail(f"--on embedding: RUN {args.run} has no projector, or no last.pt and log.jsonl to build it from")
-    if args.domains:
-        folders = sorted(d.path for d in os.scandir(args.domains) if d.is_dir()) if os.path.isdir(args.domains) else fail(f"--domains {args.domains}: no such folder")
-        job.name, job.domains = args.domains, [load_part(folder, "train", size, args, args.classes) for folder in folders]
-        if len(job.domains) < 2:
-            fail(f"--domains {args.domains}: has {len(job.domains)} domains, leaving one out needs two")
-        for part in job.domains[1:]:
-            same_classes(job.domains[0], part)
-    elif args.train_data:
-        job.train, job.test = load_part(args.train_data, "train", size, args, args.classes), load_part(args.test_data, "test", size, args, args.classes)
-        job.name = f"{args.train_data} -> {args.test_data}"
-        if set(map(os.path.realpath, job.train.files or ())) & set(map(os.path.realpath, job.test.files or ())):
-            fail(f"--train-data {args.train_data}, --test-data {args.test_data}: have images in common")
-        same_classes(job.train, job.test)
-    else:
-        own = settings.get("data")
-        job.name = args.data or own or fail(f"--data: not given, and {args.run} has no log that names it")
-        job.train, job.test = parts_of(job.name, size, args, args.classes or (settings.get("classes") if own and os.path.realpath(job.name) == os.path.realpath(own) else None))
-    job.classes = class_hash((job.domains or [job.train])[0].classes)
-    return job
+def row_key(row):
+    return [row[name] for name in ("protocol", "metric", "settings", "data", "weights")]
+
+
+def evaluate(job, protocols, settings, command):
+    """Measure, show and keep the results of protocols {name: function of the job}."""
+    args = job.args
+    print(f"{args.run} on {job.data}: {len(job.train.labels)} training and {len(job.test.labels)} "
+          f"test images, {job.classes} classes")
+    path = f"{args.run}/eval.json"
+    kept = []
+    if job.writable:
+        kept = [row for row in read_rows(path) if row["weights"] == job.weights]
+
+    rows = []
+    for protocol, function in protocols.items():
+        found = function(job)
+        if weights_hash(job.backbone, job.state) != job.weights:
+            raise AssertionError(f"{protocol} has changed the backbone")
+        chosen = {name: getattr(args, name) for name in settings.get(protocol, ())}
+        for metric, value in found.items():
+            rows.append({"protocol": protocol, "metric": metric, "value": float(f"{value:.6g}"),
+                         "settings": chosen, "data": job.data, "command": command,
+                         "weights": job.weights})
+        for cell in table_cells(rows[-len(found):]):
+            print("{:<16}{:<28}{:>16}".format(*cell), flush=True)
+        if job.writable:            # at once: the next protocol may fail
+            keys = [row_key(row) for row in rows]
+            kept = [row for row in kept if row_key(row) not in keys]
+            save(path, json.dumps(kept + rows, indent=1))
+
+    cells = table_cells(rows)
+    heads = [f"{protocol} {metric}" for protocol, metric, _ in cells]
+    print(f"\n| run | data | {' | '.join(heads)} |")
+    print(f"|{'---|' * (len(cells) + 2)}")
+    name = os.path.basename(os.path.normpath(args.run))
+    print(f"| {name} | {job.data} | {' | '.join(text for _, _, text in cells)} |")
+    if not job.writable:
+        print(f"nothing is kept: {args.run} is read-only")
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+def job_parser(doc):
+    """The flags that results/measures.py shares."""
+    p = Parser(description=doc.split("\n\nRUN is")[0], allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("run", metavar="RUN", type=os.path.expanduser, help="folder with backbone.pt")
+    add("--data", help="as in the training scripts (default: the data of the run)")
+    add("--train-data", nargs="+", metavar="DATA",
+        help="train on these instead: class folders, or a folder with train/, whose train/ is "
+        "taken, or built-in data; several are joined")
+    add("--test-data", nargs="+", metavar="DATA",
+        help="and test on these, of a folder with train/ on its val/ or test/; the same classes")
+    add("--overlay", nargs="+", default=[], metavar="RUN", type=os.path.expanduser,
+        help="other runs, drawn into the pictures")
+    add("--workers", type=number(int, 0), default=default_workers(),
+        help="decoding processes, for images in files (default: the cores, up to 16)")
+    add("--seed", type=number(int, 0), default=0,
+        help="of classifiers, orders, episodes, tasks (default: 0)")
+    add("--device", choices=("cuda", "mps", "cpu"),
+        help="default: cuda where there is one, else cpu; mps is untested")
+    return p
+
+
+def parse_args(argv=None):
+    p = job_parser(__doc__)
+    add = p.add_argument
+    add("--protocol", nargs="+", metavar="PROTOCOL", choices=tuple(PROTOCOLS),
+        default=["linear", "knn"], help="one or more of those above (default: linear knn)")
+    add("--k", nargs="+", type=number(int, 1), default=[5, 200],
+        help="knn: neighbours (default: 5 200)")
+    add("--probe-epochs", type=number(int, 1), default=500, help="linear_adam: (default: 500)")
+    add("--label-fraction", nargs="+", type=number(float, 1e-6, 1), default=[0.01, 0.1],
+        help="finetune: shares of the labels, class-balanced (default: 0.01 0.1)")
+    add("--tune-epochs", type=number(int, 1), default=50,
+        help="finetune: epochs (default: 50, the papers')")
+    add("--way", type=number(int, 2), default=5, help="fewshot: N, classes (default: 5)")
+    add("--shot", nargs="+", type=number(int, 1), default=[1, 5],
+        help="fewshot: K, labelled images of a class (default: 1 5)")
+    add("--queries", type=number(int, 1), default=15,
+        help="fewshot: test images of a class (default: 15)")
+    add("--episodes", type=number(int, 2), default=600, help="fewshot: (default: 600)")
+    return p.parse_args(argv)
+
+
+def check_args(args):
+    if (args.train_data is None) != (args.test_data is None):
+        fail("--train-data and --test-data: give both or neither")
+    if args.data and args.train_data:
+        fail("--data and --train-data: choose one")
+    for other in args.overlay:
+        if not os.path.isfile(f"{other}/backbone.pt"):
+            fail(f"--overlay {other}: no backbone.pt in it")
 
 
 def main(argv=None):
     args = parse_args(argv)
     check_args(args)
-    job, rows, path = make_job(args), [], os.path.join(args.run, "eval.json")
-    earlier = [r for r in (read_json(path)["results"] if os.path.isfile(path) else []) if r.get("weights") == job.weights]
-    count = lambda part: int((part.labels >= 0).sum())
-    images = [sum(map(count, job.domains))] * 2 if job.domains else [count(job.train), count(job.test)]
-    made = {"train_images": images[0], "test_images": images[1], "command": shlex.join(["eval_linear.py", *(sys.argv[1:] if argv is None else argv)])}
-    print(f"{args.run} on {job.name}: " + (f"{len(job.domains)} domains, {images[0]} images" if job.domains else f"{images[0]} training and {images[1]} test images")
-          + f", classes {job.classes}")
-    for protocol in args.protocol:
-        label = protocol + " (embedding)" * (args.on == "embedding" and protocol in ("linear", "knn", "fewshot")) + " (sweep)" * (args.sweep and protocol in ("linear", "finetune"))
-        begun = time.perf_counter()
-        rows += [{"data": job.name, "protocol": label, "metric": metric, "value": float(f"{value:.6g}"), "settings": settings_of(protocol, args), "classes": job.classes,
-                  "weights": job.weights}
-                 for metric, value in PROTOCOLS[protocol](job).items()]
-        rows[-1]["seconds"] = round(time.perf_counter() - begun, 1)
-        if not all(torch.equal(v, job.frozen[k]) for k, v in job.backbone.state_dict().items()):
-            raise AssertionError(f"{protocol} has changed the backbone")
-        kept = [r for r in earlier if row_key(r) not in list(map(row_key, rows))]          # written at once: the next protocol may fail
-        save(path, json.dumps({"arch": job.state["arch"], "results": kept + [r | made for r in rows]}, indent=1))
-    show(run_name(args.run), job.name, rows)
+    names = list(args.protocol)
+    if "linear" in names and "linear_adam" not in names:
+        names.insert(names.index("linear") + 1, "linear_adam")
+    argv = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["eval_linear.py", *argv])
+    evaluate(Job(args), {name: PROTOCOLS[name] for name in names}, SETTINGS, command)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

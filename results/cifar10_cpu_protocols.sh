@@ -1,35 +1,47 @@
 #!/usr/bin/env bash
-# Every protocol of eval_linear.py on one run of each script, from the repository's root. DATA: CIFAR-10 as class folders of 32x32 images; RUNS: the folder
-# that results/cifar10_cpu*.sh have filled with the rows named here. Usage: results/cifar10_cpu_protocols.sh DATA RUNS [RUN ...]
+# Every evaluation on one run of each script, "Every protocol" of results/README.md, from the
+# repository's root.
+#   results/cifar10_cpu_protocols.sh DATA RUNS [RUN ...]        all eight, or these
+# DATA: CIFAR-10 as class folders train/ and test/ of 32x32 images. RUNS: the folder that the
+# scripts cifar10_cpu*.sh have filled with the rows named here; RUNS/domains is made.
 set -euo pipefail
 data=$1 runs=$2
 shift 2
 declare -A baseline=([tc2]=simclr_2views [gessl]=byol [rownorm]=barlow [mae_tc2]=mae)
-domains=$runs/domains                       # the test images of DATA rendered in four ways, a stand-in for PACS: 250 different images of each class in each domain
-[ -d "$domains" ] || python - "$data" "$domains" <<'PY'
+
+# The test images rendered in four ways, a stand-in for PACS: 250 different ones of each class each.
+domains=$runs/domains
+[ -d "$domains" ] || python - "$data/test" "$domains" <<'PY'
 import os, sys
 from PIL import Image, ImageFilter, ImageOps
-render = {"photo": lambda x: x, "gray": lambda x: ImageOps.grayscale(x), "edges": lambda x: ImageOps.grayscale(x).filter(ImageFilter.FIND_EDGES),
-          "inverted": ImageOps.invert}
-for c in sorted(os.listdir(f"{sys.argv[1]}/test")):
-    for i, name in enumerate(sorted(os.listdir(f"{sys.argv[1]}/test/{c}"))):
-        domain = list(render)[i % 4]
-        os.makedirs(f"{sys.argv[2]}/{domain}/{c}", exist_ok=True)
-        render[domain](Image.open(f"{sys.argv[1]}/test/{c}/{name}").convert("RGB")).convert("RGB").save(f"{sys.argv[2]}/{domain}/{c}/{i}.png")
+source, target = sys.argv[1:]
+for c in sorted(os.listdir(source)):
+    for i, name in enumerate(sorted(os.listdir(f"{source}/{c}"))):
+        image = Image.open(f"{source}/{c}/{name}").convert("RGB")
+        domain = ["photo", "gray", "edges", "inverted"][i % 4]
+        if domain == "gray":
+            image = ImageOps.grayscale(image)
+        elif domain == "edges":
+            image = ImageOps.grayscale(image).filter(ImageFilter.FIND_EDGES)
+        elif domain == "inverted":
+            image = ImageOps.invert(image)
+        os.makedirs(f"{target}/{domain}/{c}", exist_ok=True)
+        image.convert("RGB").save(f"{target}/{domain}/{c}/{i}.png")
 PY
-for run in "${@:-simclr_2views tc2 byol gessl barlow rownorm mae mae_tc2}"; do
-  for name in $run; do
-    evaluate="python eval_linear.py $runs/$name"
-    overlay=${baseline[$name]:+--overlay $runs/${baseline[$name]}}                  # a method's own baseline comes before it
-    $evaluate --data "$data" --protocol linear knn fewshot sigma adaptation spectrum distance-ratio conflict pca $overlay
-    $evaluate --data "$data" --protocol finetune --label-fraction 0.01
-    $evaluate --domains "$domains"
-    $evaluate --train-data "$data" --test-data "$domains/inverted" --protocol linear --probe-epochs 100
-    if [ -n "$overlay" ]; then                                                      # the four methods only
-      $evaluate --data "$data" --protocol linear --sweep --probe-epochs 100
-      [ "$name" = mae_tc2 ] || $evaluate --data "$data" --protocol linear knn --on embedding --probe-epochs 100
-      $evaluate --data "$data" --protocol finetune --label-fraction 0.1 --tune-epochs 10
-      $evaluate --data "$data" --protocol finetune --label-fraction 1 --tune-epochs 2
-    fi
+
+[ $# -gt 0 ] || set -- simclr_2views tc2 byol gessl barlow rownorm mae mae_tc2
+for name; do
+  run=$runs/$name
+  overlay=${baseline[$name]:+--overlay $runs/${baseline[$name]}}      # drawn beside its method
+  python eval_linear.py "$run" --data "$data" --protocol linear knn fewshot
+  python results/measures.py "$run" --data "$data" $overlay
+  python eval_linear.py "$run" --train-data "$data" --test-data "$domains/inverted" \
+    --protocol linear
+  for test in photo gray edges inverted; do                   # leave one domain out
+    train=
+    for domain in photo gray edges inverted; do
+      [ $domain = $test ] || train+=" $domains/$domain"
+    done
+    python eval_linear.py "$run" --train-data $train --test-data "$domains/$test"
   done
 done

@@ -1,229 +1,575 @@
-"""Every table of results/README.md, but for the first column's words, and its figures, from the logs in this folder: python results/tables.py"""
-import glob, json, os, re, statistics, sys
+"""Every table of results/README.md and its three figures, from the logs beside this file.
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from eval_linear import as_text
+  python results/tables.py         prints the tables, draws compute, conflict and hypergradients.png
+
+The logs are those of the first edition: its metric `linear top1` is `linear_adam` of the second. A
+row of the tables is a run, or several runs that differ in their seed.
+"""
+import functools
+import glob
+import json
+import math
+import os
+import re
+import statistics
+import typing
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-METHODS = {"cifar10_cpu": "SimCLR, TC2", "cifar10_cpu_gessl": "BYOL, GeSSL", "cifar10_cpu_sparsehead": "Barlow Twins, SparseHead", "cifar10_cpu_mae": "MAE, TC2"}
-RUNS = ["simclr_2views", "tc2", "byol", "gessl", "barlow", "rownorm", "mae", "mae_tc2"]          # a baseline before its method
+LOGS = os.path.join(HERE, "logs")
+
+# ---- what stands in which table ------------------------------------------------------------------
+# The rows over seeds, in logs/cifar10_seeds/seed*/ROW.
+SEEDS = {
+    "SimCLR and TC2": [
+        "simclr_2views", "simclr_4views", "simclr_4views_equal_passes", "simclr_t", "tc2",
+        "tc2_inner0", "tc2_no_calibration", "tc2_mix", "tc2_half_factors", "tc2_lambda_s_0.01",
+        "tc2_lambda_s_1", "tc2_2tasks", "tc2_8tasks", "tc2_nce", "tc2_literal"],
+    "BYOL and GeSSL": [
+        "byol", "byol_large_batch", "byol_equal_passes", "byol_large_batch_equal_passes", "gessl",
+        "gessl_kl_only", "gessl_lambda_1", "gessl_lambda_5", "gessl_lambda_10",
+        "gessl_alpha_0.005", "lookahead", "gessl_first_order", "gessl_exact", "gessl_neumann",
+        "gessl_cg"],
+    "Barlow Twins and SparseHead": [
+        "barlow", "plain", "plain_strong", "rownorm", "prox", "prox_strong"],
+    "MAE and TC2": [
+        "mae", "mae_2masks", "mae_equal_passes", "mae_tc2", "mae_tc2_no_calibration",
+        "mae_tc2_inner_lr_0.1", "mae_tc2_inner_lr_1"],
+    "Unseen classes": [
+        "seen_simclr_4views", "seen_simclr_4views_equal_passes", "seen_tc2"],
+}
+ALL_ROWS = [name for names in SEEDS.values() for name in names]
+
+# The differences: first minus second, at the same seeds. Variants against their method follow.
+PAIRS = [
+    ("tc2", "simclr_2views"), ("simclr_4views", "simclr_2views"), ("tc2", "simclr_4views"),
+    ("tc2", "simclr_4views_equal_passes"), ("simclr_t", "simclr_4views"), ("tc2_inner0", "tc2"),
+    ("tc2_no_calibration", "tc2"),
+    ("gessl", "byol"), ("gessl", "byol_large_batch"), ("gessl", "byol_equal_passes"),
+    ("gessl", "byol_large_batch_equal_passes"), ("lookahead", "gessl"), ("gessl_kl_only", "gessl"),
+    ("plain", "barlow"), ("rownorm", "barlow"), ("prox", "barlow"), ("prox_strong", "barlow"),
+    ("mae_tc2", "mae"), ("mae_tc2", "mae_2masks"), ("mae_tc2", "mae_equal_passes"),
+    ("mae_tc2_no_calibration", "mae_tc2"),
+    ("seen_tc2", "seen_simclr_4views"), ("seen_tc2", "seen_simclr_4views_equal_passes"),
+]
+for method in ("tc2", "gessl", "mae_tc2"):
+    variants = [name for name in ALL_ROWS if name.startswith(f"{method}_")]
+    PAIRS += [(name, method) for name in variants if (name, method) not in PAIRS]
+
+# The papers' gains over their own baselines: method, baseline, where it stands, linear, 5-NN.
+CLAIMS = [
+    ("tc2", "simclr_2views", "TC2 Table 5, CIFAR-10", 93.84 - 91.80, 91.75 - 88.42),
+    ("mae_tc2", "mae", "TC2 Table 6, ImageNet, fine-tuned ViT-B", 86.2 - 83.6, None),
+    ("gessl", "byol", "GeSSL Table 21, STL-10", 94.5 - 91.9, None),
+    ("rownorm", "barlow", "SparseHead Table 1, CIFAR-10", 91.28 - 90.88, 89.87 - 88.78),
+    ("prox", "barlow", "the same", 91.28 - 90.88, 89.87 - 88.78),
+]
+COLLAPSED = ("tc2_literal", "mae_tc2_inner_lr_1")
+CONFLICT = ["simclr_2views", "simclr_4views", "simclr_t", "tc2_no_calibration", "tc2"]
+
+# One seed, 50,000 images: {folder of logs/: title}.
+SINGLE = {"cifar10_cpu": "SimCLR and TC2", "cifar10_cpu_gessl": "BYOL and GeSSL",
+          "cifar10_cpu_sparsehead": "Barlow Twins and SparseHead", "cifar10_cpu_mae": "MAE and TC2"}
+
+# Every protocol on one run, logs/cifar10_cpu_protocols: a baseline stands before its method.
+PROTOCOL_RUNS = ["simclr_2views", "tc2", "byol", "gessl", "barlow", "rownorm", "mae", "mae_tc2"]
 DATA, DOMAINS = ".data/cifar10", "runs/domains"
-PROTOCOLS = [(DATA, protocol, metric) for protocol, metrics in (
-    ("linear", "top1"), ("linear (sweep)", "top1"), ("linear (embedding)", "top1"), ("knn", "k1_euclidean k5_euclidean k20_euclidean k200_euclidean k5_cosine k200_cosine"),
-    ("knn (embedding)", "k5_euclidean"), ("fewshot", "5way_1shot_centroid 5way_1shot_logistic 5way_5shot_centroid 5way_5shot_logistic"),
-    ("sigma", "representation representation_accuracy embedding embedding_accuracy"),
-    ("spectrum", "representation_rank embedding_rank"), ("conflict", "cosine negative_share"), ("pca", "axis1_share"))
-    for metric in metrics.split()]
-PROTOCOLS += [(DOMAINS, "linear", f"top1_{d}") for d in ("photo", "gray", "edges", "inverted", "average", "worst")] + [
-    (DOMAINS, "knn", "k5_euclidean_average"), (f"{DATA} -> {DOMAINS}/inverted", "linear", "top1")]
+PROTOCOLS = [
+    (DATA, "linear", "top1"), (DATA, "linear (sweep)", "top1"),
+    (DATA, "linear (embedding)", "top1"),
+    (DATA, "knn", "k1_euclidean k5_euclidean k20_euclidean k200_euclidean k5_cosine k200_cosine"),
+    (DATA, "knn (embedding)", "k5_euclidean"),
+    (DATA, "fewshot", "5way_1shot_centroid 5way_1shot_logistic 5way_5shot_centroid "
+                      "5way_5shot_logistic"),
+    (DATA, "sigma", "representation representation_accuracy embedding embedding_accuracy"),
+    (DATA, "spectrum", "representation_rank embedding_rank"),
+    (DATA, "conflict", "cosine negative_share"), (DATA, "pca", "axis1_share"),
+    (DOMAINS, "linear", "top1_photo top1_gray top1_edges top1_inverted top1_average top1_worst"),
+    (DOMAINS, "knn", "k5_euclidean_average"),
+    (f"{DATA} -> {DOMAINS}/inverted", "linear", "top1"),
+]
+
+ACCURACIES = [("linear", "top1"), ("knn", "k5_euclidean"), ("knn", "k200_cosine")]
+ACCURACY_HEAD = ["linear_adam", "5-NN", "cosine 200-NN"]
+
+# By number of seeds: 97.5 % quantile of Student's t, and the true difference, in standard errors,
+# that a paired test at 5 % finds four times in five.
+T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+FOUND = {3: 5.66, 4: 4.26, 5: 3.76}
 
 
-SEEDS = {"SimCLR and TC2": ["simclr_2views", "simclr_4views", "simclr_4views_equal_passes", "simclr_t", "tc2", "tc2_inner0", "tc2_no_calibration", "tc2_mix", "tc2_half_factors",
-                            "tc2_lambda_s_0.01", "tc2_lambda_s_1", "tc2_2tasks", "tc2_8tasks", "tc2_nce", "tc2_literal"],
-         "BYOL and GeSSL": ["byol", "byol_large_batch", "byol_equal_passes", "byol_large_batch_equal_passes", "gessl", "gessl_kl_only", "gessl_lambda_1", "gessl_lambda_5",
-                            "gessl_lambda_10", "gessl_alpha_0.005", "lookahead", "gessl_first_order", "gessl_exact", "gessl_neumann", "gessl_cg"],
-         "Barlow Twins and SparseHead": ["barlow", "plain", "plain_strong", "rownorm", "prox", "prox_strong"],
-         "MAE and TC2": ["mae", "mae_2masks", "mae_equal_passes", "mae_tc2", "mae_tc2_no_calibration", "mae_tc2_inner_lr_0.1", "mae_tc2_inner_lr_1"],
-         "Unseen classes": ["seen_simclr_4views", "seen_simclr_4views_equal_passes", "seen_tc2"]}
-PAIRS = [("tc2", "simclr_2views"), ("tc2", "simclr_4views"), ("tc2", "simclr_4views_equal_passes"), ("simclr_t", "simclr_4views"), ("tc2_inner0", "tc2"), ("tc2_no_calibration", "tc2"),
-         ("gessl", "byol"), ("gessl", "byol_large_batch"), ("gessl", "byol_equal_passes"), ("gessl", "byol_large_batch_equal_passes"), ("lookahead", "gessl"), ("gessl_kl_only", "gessl"),
-         ("plain", "barlow"), ("rownorm", "barlow"), ("prox", "barlow"), ("prox_strong", "barlow"),
-         ("mae_tc2", "mae"), ("mae_tc2", "mae_2masks"), ("mae_tc2", "mae_equal_passes"), ("mae_tc2_no_calibration", "mae_tc2"),
-         ("seen_tc2", "seen_simclr_4views"), ("seen_tc2", "seen_simclr_4views_equal_passes")]
-PAIRS += [(name, method) for method in ("tc2", "gessl", "mae_tc2") for names in SEEDS.values() for name in names          # variants against their method
-          if name.startswith(f"{method}_") and (name, method) not in PAIRS]
-T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}                   # 97.5 % quantile of Student's t for n seeds
-ACCURACIES = (("linear", "top1"), ("knn", "k5_euclidean"), ("knn", "k200_cosine"))
+# ---- reading -------------------------------------------------------------------------------------
+class Run(typing.NamedTuple):
+    """What a run and its evaluation have left."""
+    settings: dict
+    log: list           # lines of training, each with its step, terms and images per second
+    last: dict          # the line of the last evaluation
+    conflict: list      # cosine between the tasks' gradients at each evaluation
+    found: dict         # {(data, protocol, metric): value} of eval.json
 
 
-def read(folder):
-    """(settings, training lines, last evaluation, {(data, protocol, metric): value}) of a run's log.jsonl and eval.json."""
-    with open(f"{folder}/log.jsonl") as file:
-        log = [json.loads(line) for line in file]
-    return log[0]["settings"], [r for r in log if "lr" in r], [r for r in log if "rank_h" in r][-1], values(folder)
-
-
-def judged_on(settings):
-    """The data of the linear probe: the run's own, but for the rows of unseen classes."""
-    return settings["data"].replace("/seen", "/unseen")
-
-
-def values(folder):
+def read_values(folder):
+    """{(data, protocol, metric): value} of a folder's eval.json."""
     with open(f"{folder}/eval.json") as file:
-        return {(r.get("data", DATA), r["protocol"], r["metric"]): r["value"] for r in json.load(file)["results"]}
+        results = json.load(file)["results"]
+    return {(r.get("data", DATA), r["protocol"], r["metric"]): r["value"] for r in results}
 
 
-def cost(s):
-    """Forward and backward passes per image, a forward pass alone counts a third, as explained above each table; nan for second derivatives, which are
-    no passes: hypergradients.png has their time."""
-    kind, base = s.get("script", "simclr_tc2"), s["baseline"]
-    if kind == "byol_gessl":
-        K, lam = s["inner_steps"], s["target_steps"]
-        if not base and not s["lookahead"] and s["hypergrad"] in ("exact", "neumann", "cg"):
-            return float("nan")
-        return 2 * (1 / 3 + (1 if base else K + lam + 1 / 3 if s["lookahead"] else K + lam + 4 / 3 + K * (s["hypergrad"] == "fd")))
-    if kind == "mae_tc2":
-        return s["masks"] if base else s["masks"] * (5 / 6 + (s["inner_lr"] > 0) / 2 + (s["calibrate"] != "none") / 2)
-    if kind == "barlow_sparsehead":
-        return 2
-    return s["views"] if base else 4 / 3 + 4 + 2 * (s["inner_lr"] > 0)
-
-
-def row(folder):
-    """(thousands of images seen, thousands of passes, the cells of the table)."""
-    s, steps, last, found = read(folder)
-    images = steps[-1]["step"] * s["batch_size"] * (s["tasks"] if s.get("script") == "byol_gessl" and not s["baseline"] else 1) / 1e3
-    accuracy = [f"{found[judged_on(s), p, m]:.2f}" for p, m in ACCURACIES]
-    end, passes = steps[-1], images * cost(s)
-    if s.get("script") == "barlow_sparsehead":
-        rest = [f"{100 * end['live_columns']:.1f}", f"{100 * end['zero_columns']:.1f}", f"{end['l21_normalized']:.3f}", f"{end['frobenius']:.2f}",
-                *(f"{found[s['data'], 'spectrum', f'{space}_rank']:.1f}" for space in ("representation", "embedding"))]
-        return images, passes, [f"{images:.0f}", *accuracy, *rest]
-    rest = [f"{last['loss_reconstruction']:.3f}"] if s.get("script") == "mae_tc2" else [f"{end['std_z']:.2f}"]
-    return images, passes, [f"{images:.0f}", f"{passes:.0f}", *accuracy, *rest, f"{last['rank_h']:.0f}"]
+@functools.cache
+def read(folder):
+    """The Run of a folder that holds log.jsonl and eval.json."""
+    with open(f"{folder}/log.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    training = [line for line in lines if "lr" in line]
+    evaluations = [line for line in lines if "rank_h" in line]
+    conflict = [(e["step"], e) for e in evaluations if "conflict_cos_raw" in e]
+    return Run(lines[0]["settings"], training, evaluations[-1], conflict, read_values(folder))
 
 
 def seeds(name):
-    """{seed: folder} of the runs of a row."""
-    return {int(os.path.basename(os.path.dirname(run)).removeprefix("seed")): run for run in glob.glob(f"{HERE}/cifar10_seeds/seed*/{name}")}
+    """{seed: Run} of a row over seeds."""
+    runs = {}
+    for folder in sorted(glob.glob(f"{LOGS}/cifar10_seeds/seed*/{name}")):
+        seed = os.path.basename(os.path.dirname(folder)).removeprefix("seed")
+        runs[int(seed)] = read(folder)
+    return runs
 
 
-def accuracies(folder, own=False):
-    """Of the linear probe and both k-NN, on the data of `judged_on` or on the run's own."""
-    s, _, _, found = read(folder)
-    return [found[s["data"] if own else judged_on(s), p, m] for p, m in ACCURACIES]
+# ---- one number of one run -----------------------------------------------------------------------
+def script(run):
+    return run.settings.get("script", "simclr_tc2")
 
 
-def images_per_s(folder):
-    return statistics.median(r["images_per_s"] for r in read(folder)[1])
+def images(run):
+    """Thousands of images seen, repetitions counted."""
+    per_step = run.settings["batch_size"]
+    if script(run) == "byol_gessl" and not run.settings["baseline"]:
+        per_step *= run.settings["tasks"]
+    return run.log[-1]["step"] * per_step / 1e3
 
 
-def seed_line(name):
-    """The row's name, number of seeds, images, passes, minutes of training of the seed that was disturbed least, accuracies as mean ± standard deviation
-    over the seeds, means of the other columns."""
-    runs, rate = [row(run) for run in seeds(name).values()], max(map(images_per_s, seeds(name).values()))
-    head = [f"{images:.0f} | {'' if passes != passes else f'{passes:.0f}'} | {1e3 * images / rate / 60:.1f}" for images, passes, _ in runs[:1]]
-    accuracy = [spread(c) for c in zip(*map(accuracies, seeds(name).values()))]
-    digits = (1, 1, 3, 2, 1, 1) if len(runs[0][2]) == 10 else (3, 0) if name.startswith("mae") else (2, 0)
-    rest = [f"{statistics.mean(c):.{n}f}" for n, c in zip(digits, zip(*(map(float, cells[-len(digits):]) for *_, cells in runs)))]
-    return f"| `{name}` | " + " | ".join([str(len(runs)), *head, *accuracy, *rest]) + " |"
+def gessl_cost(s):
+    """Per image, two views: K + lambda inner steps, the outer gradients, the target networks."""
+    inner = s["inner_steps"] + s["target_steps"]
+    if s["baseline"]:
+        return 2 * (1 + 1 / 3)
+    if s["lookahead"]:
+        return 2 * (inner + 2 / 3)
+    if s["hypergrad"] in ("exact", "neumann", "cg"):
+        return math.nan             # second derivatives are no passes: hypergradients.png
+    differences = s["inner_steps"] if s["hypergrad"] == "fd" else 0
+    return 2 * (inner + 5 / 3 + differences)
 
 
-def paired_line(a, b, own=False):
-    """Mean difference a - b over the seeds that both have, ± half of its 95 % interval (of a single seed, none)."""
-    first, second = seeds(a), seeds(b)
-    both = sorted(set(first) & set(second))
-    differences = zip(*([x - y for x, y in zip(accuracies(first[k], own), accuracies(second[k], own))] for k in both))
-    return f"| `{a}` - `{b}` | {len(both)} | " + " | ".join(f"{statistics.mean(d):+.1f}" + (f" ± {T[len(d)] * statistics.stdev(d) / len(d) ** 0.5:.1f}" if len(d) > 1 else "") for d in differences) + " |"
+def mae_cost(s):
+    """Per image: TC2's stage 1 goes through the decoder alone, which counts a half."""
+    if s["baseline"]:
+        return s["masks"]
+    cost = 1 / 3 + 1 / 2
+    if s["inner_lr"] > 0:
+        cost += 1 / 2
+    if s["calibrate"] != "none":
+        cost += 1 / 2
+    return s["masks"] * cost
+
+
+def passes(run):
+    """Thousands of forward and backward passes of one view or mask; a forward pass alone counts a
+    third."""
+    s = run.settings
+    if script(run) == "byol_gessl":
+        return images(run) * gessl_cost(s)
+    if script(run) == "mae_tc2":
+        return images(run) * mae_cost(s)
+    if script(run) == "barlow_sparsehead":
+        return images(run) * 2
+    if s["baseline"]:
+        return images(run) * s["views"]
+
+    # TC2: four views without gradient, two support views, four at theta_k.
+    support = 2 if s["inner_lr"] > 0 else 0
+    return images(run) * (4 / 3 + support + 4)
+
+
+def speed(run):
+    """Images per second of training."""
+    return statistics.median(line["images_per_s"] for line in run.log)
+
+
+def judged_on(run):
+    """The data of the probe: the run's own, but for the rows of unseen classes."""
+    return run.settings["data"].replace("/seen", "/unseen")
+
+
+def accuracies(run):
+    """Of the linear probe and both k-NN."""
+    return [run.found[judged_on(run), *key] for key in ACCURACIES]
+
+
+def own_accuracies(run):
+    """The same on the classes that the run was trained on."""
+    return [run.found[run.settings["data"], *key] for key in ACCURACIES]
+
+
+def cosines(run):
+    """Cosine between the tasks' gradients, on z, at each evaluation. [TC2 Fig. 1b/c]"""
+    return [line["conflict_cos_raw"] for _, line in run.conflict]
+
+
+def end(key, factor=1):
+    """A function: what a run logged under `key` at the end of training."""
+    def value(run):
+        return factor * run.log[-1][key]
+    return value
+
+
+def last(key):
+    """A function: what a run's last evaluation logged under `key`."""
+    def value(run):
+        return run.last[key]
+    return value
+
+
+def spectrum(key):
+    """A function: a number of the protocol `spectrum`."""
+    def value(run):
+        return run.found[run.settings["data"], "spectrum", key]
+    return value
+
+
+# The further columns of a table: head, function of a run, digits.
+USUAL = [("std_z", end("std_z"), 2), ("rank h", last("rank_h"), 0)]
+SPARSE = [("live %", end("live_columns", 100), 1), ("zero %", end("zero_columns", 100), 1),
+          ("L2,1", end("l21_normalized"), 3), ("norm of W", end("frobenius"), 2),
+          ("rank r", spectrum("representation_rank"), 1),
+          ("rank z", spectrum("embedding_rank"), 1)]
+MASKED = [("error", last("loss_reconstruction"), 3), ("rank h", last("rank_h"), 0)]
+FURTHER = {"Barlow Twins and SparseHead": SPARSE, "MAE and TC2": MASKED}
+
+
+# ---- cells and lines -----------------------------------------------------------------------------
+def line(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(head, rows):
+    """The lines of a table in Markdown."""
+    return [line(head), "|" + "---|" * len(head), *map(line, rows)]
 
 
 def spread(column, digits=1):
     """mean ± standard deviation"""
-    return f"{statistics.mean(column):.{digits}f}" + (f" ± {statistics.stdev(column):.{digits}f}" if len(column) > 1 else "")
+    text = f"{statistics.mean(column):.{digits}f}"
+    if len(column) == 1:
+        return text
+    return f"{text} ± {statistics.stdev(column):.{digits}f}"
 
 
-def more_lines(columns, names):
-    """A line for each row that has the first of `columns`, (protocol, metric) pairs: mean and standard deviation of each over the seeds."""
+def standard_error(column):
+    return statistics.stdev(column) / len(column) ** 0.5
+
+
+def interval(column, digits=1):
+    """mean ± half of its 95 % interval; of a single seed, none"""
+    text = f"{statistics.mean(column):+.{digits}f}"
+    if len(column) == 1:
+        return text
+    return f"{text} ± {T[len(column)] * standard_error(column):.{digits}f}"
+
+
+def columns(rows):
+    """Rows of equal length as columns."""
+    return list(zip(*rows))
+
+
+def differences(a, b, measure):
+    """Paired differences a - b of the numbers `measure(run)`: one column per number."""
+    first, second = seeds(a), seeds(b)
+    both = sorted(set(first) & set(second))
+    rows = []
+    for seed in both:
+        pairs = zip(measure(first[seed]), measure(second[seed]))
+        rows.append([x - y for x, y in pairs])
+    return columns(rows)
+
+
+def difference_row(a, b, measure, digits=1):
+    """The cells of a line of paired differences."""
+    found = differences(a, b, measure)
+    cells = [interval(column, digits) for column in found]
+    return [f"`{a}` - `{b}`", str(len(found[0])), *cells]
+
+
+# ---- tables --------------------------------------------------------------------------------------
+def seed_table(title):
+    """Means over the seeds, with the standard deviation of the accuracies.
+
+    The minutes of training are those of the seed that was disturbed least."""
+    further = FURTHER.get(title, USUAL)
+    rows = []
+    for name in SEEDS[title]:
+        runs = list(seeds(name).values())
+        cost = passes(runs[0])
+        minutes = 1e3 * images(runs[0]) / max(map(speed, runs)) / 60
+        cells = [f"`{name}`", str(len(runs)), f"{images(runs[0]):.0f}"]
+        cells += ["" if math.isnan(cost) else f"{cost:.0f}", f"{minutes:.1f}"]
+        cells += [spread(column) for column in columns(map(accuracies, runs))]
+        cells += [f"{statistics.mean(map(f, runs)):.{digits}f}" for _, f, digits in further]
+        rows.append(cells)
+    head = ["row", "seeds", "images (k)", "passes (k)", "minutes", *ACCURACY_HEAD]
+    return table(head + [name for name, *_ in further], rows)
+
+
+def difference_table():
+    rows = [difference_row(a, b, accuracies) for a, b in PAIRS]
+    return table(["difference", "seeds", *ACCURACY_HEAD], rows)
+
+
+def visible(method, measure):
+    """The smallest true gain in one of ACCURACIES that a paired test at 5 % finds four times in
+    five.
+
+    The spread is pooled over all differences of the method's table, since three seeds know their
+    own only roughly; rows that have collapsed are left out."""
+    names = next(names for names in SEEDS.values() if method in names)
+    variances = []
+    for a, b in PAIRS:
+        if a in names and a not in COLLAPSED:
+            column = differences(a, b, accuracies)[measure]
+            if len(column) > 1:
+                variances.append(statistics.variance(column))
+    n = len(seeds(method))
+    return FOUND[n] * (statistics.mean(variances) / n) ** 0.5
+
+
+def claim_table():
+    """The papers' gains beside ours, and the smallest gain that this design can see.
+
+    positive: of all paired differences, seeds times accuracies, those above zero."""
+    rows = []
+    for a, b, source, *gains in CLAIMS:
+        found = differences(a, b, accuracies)
+        cells = [source, f"`{a}` - `{b}`"]
+        for measure, gain in enumerate(gains):
+            claimed = "" if gain is None else f"{gain:+.2f}"
+            cells += [claimed, interval(found[measure]), f"{visible(a, measure):.1f}"]
+        values = [value for column in found for value in column]
+        positive = sum(value > 0 for value in values)
+        rows.append([*cells, f"{positive} of {len(values)}"])
+    head = ["claim", "difference"]
+    for name in ("linear", "5-NN"):
+        head += [f"{name}, paper", f"{name}, here", f"{name}, visible"]
+    return table(head + ["positive"], rows)
+
+
+def conflict_table():
+    """Cosine between the tasks' gradients at the end of each epoch, one batch each."""
+    rows = []
+    for name in CONFLICT:
+        runs = list(seeds(name).values())
+        cells = [spread(column, 2) for column in columns(map(cosines, runs))]
+        rows.append([f"`{name}`", str(len(runs)), *cells])
+    rows += [difference_row("tc2", other, cosines, 2) for other in ("simclr_4views", "simclr_t")]
+    return table(["row", "seeds", *(f"epoch {epoch}" for epoch in (1, 2, 3, 4))], rows)
+
+
+def seen_table():
+    """The rows of unseen classes, judged on the classes they were trained on."""
+    names = SEEDS["Unseen classes"]
+    rows = []
     for name in names:
-        found = [(values(run), read(run)[0]["data"]) for run in seeds(name).values()]
-        cells = [[v[data, p, m] for v, data in found if (data, p, m) in v] for p, m in columns]
+        runs = list(seeds(name).values())
+        cells = [spread(column) for column in columns(map(own_accuracies, runs))]
+        rows.append([f"`{name}`", str(len(runs)), *cells])
+    rows += [difference_row(a, b, own_accuracies) for a, b in PAIRS if a in names]
+    return table(["row", "seeds", *ACCURACY_HEAD], rows)
+
+
+def protocol_cell(runs, key):
+    """mean ± standard deviation over the runs that have a number, on their own data."""
+    found = []
+    for run in runs:
+        value = run.found.get((run.settings["data"], *key))
+        if value is not None:
+            found.append(value)
+    if not found:
+        return ""
+    return spread(found, 1 if max(found) > 10 else 2)
+
+
+def chosen_table(head, keys):
+    """A line for every row over seeds that has the first of `keys`, pairs (protocol, metric)."""
+    rows = []
+    for name in ALL_ROWS:
+        runs = list(seeds(name).values())
+        cells = [protocol_cell(runs, key) for key in keys]
         if cells[0]:
-            yield f"| `{name}` | {len(cells[0])} | " + " | ".join(spread(c, 1 if max(c) > 10 else 2) if c else "" for c in cells) + " |"
+            rows.append([f"`{name}`", str(len(runs)), *cells])
+    return table(["row", "seeds", *head], rows)
 
 
-def seed_tables():
-    """{title: lines} of all tables over seeds."""
-    tables = {title: [seed_line(name) for name in names if seeds(name)] for title, names in SEEDS.items()}
-    tables["Differences"] = [paired_line(a, b) for a, b in PAIRS if set(seeds(a)) & set(seeds(b))]
-    rows = [name for names in SEEDS.values() for name in names]
-    tables["Seen classes"] = [*more_lines(ACCURACIES, SEEDS["Unseen classes"]), *(paired_line(a, b, own=True) for a, b in PAIRS if a.startswith("seen"))]
-    tables["Fine-tuning"] = [*more_lines([("finetune", "1%_top1"), ("finetune", "10%_top1"), ("finetune", "10%_train_top1"), ("linear", "top1")], rows)]
-    tables["Adaptation and distances"] = [*more_lines([("adaptation", m) for m in ("loss_before", "loss_after", "before", "after")]
-                                                      + [("distance-ratio", m) for m in ("representation", "embedding", "embedding_std")], rows)]
-    return tables
+def fine_tuning_table():
+    keys = [("finetune", metric) for metric in ("1%_top1", "10%_top1", "10%_train_top1")]
+    return chosen_table(["1 %", "10 %", "10 %, training", "linear_adam, 100 %"],
+                        [*keys, ("linear", "top1")])
 
 
-def protocol_lines():
-    found = {run: values(f"{HERE}/cifar10_cpu_protocols/{run}") for run in RUNS}
-    yield "| data, protocol, metric | " + " | ".join(f"`{run}`" for run in RUNS) + " |"
-    for key in PROTOCOLS:
-        half = (*key[:2], key[2] + "_pm")
-        cells = [as_text(v[key]) + (f" ± {v[half]:.2f}" if half in v else "") if key in v else "" for v in found.values()]
-        yield "| " + " ".join(f"`{k}`" for k in key) + " | " + " | ".join(cells) + " |"
+def adaptation_table():
+    keys = [("adaptation", m) for m in ("loss_before", "loss_after", "before", "after")]
+    keys += [("distance-ratio", m) for m in ("representation", "embedding", "embedding_std")]
+    return chosen_table(["loss before", "loss after", "accuracy before", "accuracy after", "M(r)",
+                         "M(z)", "std_z"], keys)
 
 
-def draw(rows, columns, **kw):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, layout="constrained", **kw)
+def single_table(folder):
+    """The rows of one seed on 50,000 images."""
+    further = FURTHER.get(SINGLE[folder], USUAL)
+    with_passes = further is not SPARSE             # there, every row costs 2 passes per image
+    rows = []
+    for path in sorted(glob.glob(f"{LOGS}/{folder}/*/")):
+        run = read(path.rstrip("/"))
+        cells = [f"`{os.path.basename(path.rstrip('/'))}`", f"{images(run):.0f}"]
+        if with_passes:
+            cells.append(f"{passes(run):.0f}")
+        cells += [f"{value:.2f}" for value in accuracies(run)]
+        cells += [f"{f(run):.{digits}f}" for _, f, digits in further]
+        rows.append(cells)
+    head = ["row", "images (k)", *(["passes (k)"] if with_passes else []), *ACCURACY_HEAD]
+    return table(head + [name for name, *_ in further], rows)
+
+
+def as_text(value):
+    """Two digits after the point; of numbers below a hundredth, the first two that are not 0."""
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
+    return f"{value:.2f}"
+
+
+def all_protocols_table():
+    """Every protocol on one run of each script; ± is the evaluation's own 95 % interval."""
+    found = [read_values(f"{LOGS}/cifar10_cpu_protocols/{run}") for run in PROTOCOL_RUNS]
+    rows = []
+    for data, protocol, metrics in PROTOCOLS:
+        for metric in metrics.split():
+            cells = [f"`{data}` `{protocol}` `{metric}`"]
+            for values in found:
+                value = values.get((data, protocol, metric))
+                half = values.get((data, protocol, f"{metric}_pm"))
+                text = "" if value is None else as_text(value)
+                cells.append(text if half is None else f"{text} ± {half:.2f}")
+            rows.append(cells)
+    return table(["data, protocol, metric", *(f"`{run}`" for run in PROTOCOL_RUNS)], rows)
+
+
+def all_tables():
+    """[(title, lines)], in the order of the page."""
+    tables = [("What the papers claim", claim_table()), ("Differences", difference_table())]
+    tables += [(title, seed_table(title)) for title in SEEDS]
+    tables += [("Seen classes", seen_table()), ("Task conflict", conflict_table()),
+               ("Fine-tuning", fine_tuning_table()),
+               ("Adaptation and distances", adaptation_table())]
+    tables += [(f"{title}, one seed", single_table(folder)) for folder, title in SINGLE.items()]
+    return tables + [("Every protocol, one seed", all_protocols_table())]
+
+
+# ---- figures -------------------------------------------------------------------------------------
+def new_figure(width, height, rows=1, columns=1):
+    """A figure and the list of its panels."""
+    from matplotlib.figure import Figure
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def mean_linear(runs):
+    return statistics.mean(accuracies(run)[0] for run in runs)
+
+
+def compute_panel(axis, title):
+    """Linear accuracy of a table's rows, the cheapest on top, without the variants of settings."""
+    variant = "lambda|alpha|inner_lr|factors|[28]tasks|mix|nce|literal|exact|neumann|cg"
+    shown = {}
+    for name in SEEDS[title]:
+        if not re.search(variant, name):
+            shown[name] = list(seeds(name).values())
+
+    labels = []
+    by_cost = sorted(shown, key=lambda name: (passes(shown[name][0]), name))
+    for y, name in enumerate(by_cost):
+        runs = shown[name]
+        colour, marker, face = "tab:red", "s", "tab:red"
+        if runs[0].settings["baseline"]:
+            colour, marker, face = "black", "o", "white"
+        values = [accuracies(run)[0] for run in runs]
+        axis.plot([min(values), max(values)], [y, y], color=colour, linewidth=1)
+        axis.plot(mean_linear(runs), y, marker, color=colour, markerfacecolor=face)
+        labels.append(f"{name}  {passes(runs[0]):.0f}k")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set(title=title, xlabel="linear_adam top-1 (%)")
 
 
 def compute_figure(path):
-    """Linear accuracy against passes, one panel per method, without the variants of its settings: mean and range over the seeds."""
-    variant = re.compile("lambda|alpha|inner_lr|factors|[28]tasks|mix|nce|literal|exact|neumann|cg")
-    figure, axes = draw(2, 2, figsize=(13, 10))
-    for axis, title in zip(axes.flat, [title for title in SEEDS if " and " in title]):
-        names = SEEDS[title]
-        points = []
-        for name in (n for n in names if seeds(n) and not variant.search(n)):
-            values, baseline = [accuracies(run)[0] for run in seeds(name).values()], read([*seeds(name).values()][0])[0]["baseline"]
-            points.append((statistics.mean(values), row([*seeds(name).values()][0])[1], values, baseline, name))
-        low, high = min(p[0] for p in points), max(p[0] for p in points)
-        labels = {}
-        for mean, passes, values, baseline, name in sorted(points):
-            colour = "black" if baseline else "tab:red"
-            axis.plot([passes] * 2, [min(values), max(values)], color=colour, linewidth=1)
-            axis.plot(passes, mean, "o" if baseline else "s", color=colour, markerfacecolor="white" if baseline else colour)
-            labels[passes] = max(mean, labels.get(passes, -1e9) + max(high - low, 4) / 28)        # labels of neighbours above each other
-            axis.annotate(name, (passes, labels[passes]), textcoords="offset points", xytext=(7, -3), fontsize=8)
-        axis.set(title=f"{title} (circles: baseline)", xlim=(0, 1.45 * max(p[1] for p in points)), xlabel="thousand forward-backward passes", ylabel="linear top-1 (%)")
-        axis.set_ylim(min(axis.get_ylim()[0], high - 4), None)
-        axis.grid(alpha=0.3)
+    """Accuracy against compute: mean and range over the seeds."""
+    figure, axes = new_figure(13, 7, 2, 2)
+    titles = [title for title in SEEDS if title != "Unseen classes"]
+    for axis, title in zip(axes, titles):
+        compute_panel(axis, title)
+    figure.suptitle("mean and range over the seeds; circles: baseline; behind a name: thousand "
+                    "forward-backward passes")
     figure.savefig(path, dpi=110)
 
 
 def conflict_figure(path):
-    """Cosine between the tasks' gradients over training, mean and range over the seeds. [TC2 Fig. 1b/c]"""
-    figure, axis = draw(1, 1, figsize=(7, 4.5))
-    for name, key, style in (("simclr_2views", "raw", "k:"), ("simclr_4views", "raw", "k-"), ("tc2_no_calibration", "raw", "b-"), ("tc2", "raw", "r-"), ("tc2", "calibrated", "r--")):
-        curves = []
-        for run in seeds(name).values():
-            with open(f"{run}/log.jsonl") as file:
-                curves.append([(r["step"], r[f"conflict_cos_{key}"]) for r in map(json.loads, file) if f"conflict_cos_{key}" in r])
-        steps, values = [step for step, _ in curves[0]], list(zip(*([v for _, v in curve] for curve in curves)))
-        axis.plot(steps, [statistics.mean(v) for v in values], style, label=f"{name}, {'z' if key == 'raw' else 'calibrated z'} ({len(curves)} seeds)")
-        axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=style[0], alpha=0.07)
+    """Cosine between the tasks' gradients over training: mean, and each seed's batch.
+
+    [TC2 Fig. 1b/c]"""
+    figure, (axis,) = new_figure(8, 5)
+    styles = [("gray", ":"), ("black", "-"), ("tab:green", "--"), ("tab:blue", "-."),
+              ("tab:red", "-")]
+    for i, (name, (colour, style)) in enumerate(zip(CONFLICT, styles)):
+        runs = list(seeds(name).values())
+        steps = [step for step, _ in runs[0].conflict]
+        curves = [cosines(run) for run in runs]
+        means = [statistics.mean(column) for column in columns(curves)]
+        axis.plot(steps, means, style, color=colour, label=f"{name} ({len(runs)} seeds)")
+        apart = [step + 4 * (i - 2) for step in steps]
+        for curve in curves:
+            axis.plot(apart, curve, ".", color=colour, alpha=0.5)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="step", ylabel="mean cosine between the tasks' gradients", title="task conflict: mean and range over the seeds")
+    axis.set(xlabel="step", ylabel="mean cosine between the tasks' gradients",
+             title="task conflict: lines are means, each dot is one batch of one seed")
     axis.legend(fontsize="small")
-    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
 def hypergradient_figure(path):
     """Accuracy of the derivatives of Eq. 4 against measured time per image. [GeSSL Fig. 4]"""
-    figure, axis = draw(1, 1, figsize=(7, 4.5))
-    for name, label in (("gessl_first_order", "first order"), ("gessl", "finite difference"), ("gessl_exact", "exact"), ("gessl_neumann", "Neumann"), ("gessl_cg", "conjugate gradients"),
-                        ("lookahead", "lookahead")):
-        if runs := [*seeds(name).values()]:
-            times, values = [1e3 / images_per_s(run) for run in runs], [accuracies(run)[0] for run in runs]
-            axis.plot([statistics.mean(times)] * 2, [min(values), max(values)], color="gray", linewidth=1)
-            axis.plot(statistics.mean(times), statistics.mean(values), "s", label=label)
-    axis.set(xlabel="milliseconds per image, one CPU core", ylabel="linear top-1 (%)", title="hypergradients: cost against accuracy")
+    labels = {"lookahead": "lookahead", "gessl_first_order": "first order",
+              "gessl": "finite difference", "gessl_exact": "exact",
+              "gessl_cg": "conjugate gradients (1 seed)", "gessl_neumann": "Neumann (1 seed)"}
+    figure, (axis,) = new_figure(8, 5)
+    for name, label in labels.items():
+        runs = list(seeds(name).values())
+        time = statistics.mean(1e3 / speed(run) for run in runs)
+        values = [accuracies(run)[0] for run in runs]
+        axis.plot([time, time], [min(values), max(values)], color="gray", linewidth=1)
+        axis.plot(time, mean_linear(runs), "s", label=label)
+    axis.set(xlabel="milliseconds per image, one CPU core", ylabel="linear_adam top-1 (%)",
+             title="hypergradients: cost against accuracy, mean and range over the seeds")
     axis.legend(fontsize="small")
-    axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
-if __name__ == "__main__":
-    for title, lines in seed_tables().items():
-        print("\n".join(["", title, *lines]))
-    for folder in METHODS:
-        print(f"\n{METHODS[folder]}")
-        for run in sorted(glob.glob(f"{HERE}/{folder}/*/")):
-            print(f"| `{os.path.basename(run[:-1])}` | " + " | ".join(row(run)[2]) + " |")
-    print("\n" + "\n".join(protocol_lines()))
+def main():
+    for title, lines in all_tables():
+        print(f"\n### {title}\n")
+        print("\n".join(lines))
     compute_figure(f"{HERE}/compute.png")
     conflict_figure(f"{HERE}/conflict.png")
     hypergradient_figure(f"{HERE}/hypergradients.png")
+
+
+if __name__ == "__main__":
+    main()
