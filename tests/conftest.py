@@ -88,6 +88,14 @@ def same(a, b):
     return a == b
 
 
+def text_of(path):
+    """Of a file; of a pipe nothing is left."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path) as file:
+        return file.read()
+
+
 def do_nothing(*_):
     pass
 
@@ -112,12 +120,14 @@ def run_script(name, argv, folder, env, before, stdout, stderr):
 class Program:
     """A script as a program, in a group of processes of its own.
 
-    env: more of the environment; before: a function that is called first in the new process."""
+    env: more of the environment; before: a function that is called first in the new process;
+    stdout: the name of a pipe."""
     count = 0
 
-    def __init__(self, name, *argv, env=None, before=None, folder="."):
+    def __init__(self, name, *argv, env=None, before=None, folder=".", stdout=None):
         Program.count += 1
-        self.files = [os.path.abspath(f"{kind}{Program.count}") for kind in ("stdout", "stderr")]
+        names = (stdout or f"stdout{Program.count}", f"stderr{Program.count}")
+        self.files = [os.path.abspath(name) for name in names]
         life = (name, argv, os.path.abspath(folder), env or {}, before, *self.files)
         self.process = FORKSERVER.Process(target=run_script, args=life)
         self.process.start()
@@ -138,8 +148,4 @@ class Program:
         if self.process.is_alive():
             self.process.kill()
             raise TimeoutError
-        texts = []
-        for path in self.files:
-            with open(path) as file:
-                texts.append(file.read())
-        return self.process.exitcode, *texts
+        return self.process.exitcode, *map(text_of, self.files)

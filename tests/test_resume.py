@@ -11,7 +11,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -288,7 +287,7 @@ def test_a_grid_of_pictures_shows_each_where_its_row_is():
     centres = []
     for colour in torch.eye(3):
         there = (found - colour[:, None, None]).abs().amax(0) < 0.1
-        assert there.float().mean() > 0.15
+        assert there.float().mean() > 0.1
         centres.append(there.nonzero()[:, 0].float().mean())
     assert centres == sorted(centres)
 
@@ -432,23 +431,39 @@ def test_a_second_ctrl_c_ends_a_step_that_hangs():
     assert found == [0, signal.SIGINT]
 
 
-def test_names_that_are_not_utf8_without_docstrings_in_ascii_until_the_pipe_closes():
+def speak_ascii():
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="ascii")
+
+
+def test_names_that_are_not_utf8_in_ascii_until_the_pipe_closes():
     folder = os.fsdecode(b"d\xe9")
     out = os.fsdecode(b"r\xff")
     image_folder(folder, classes=["a", os.fsdecode(b"\xe9")])
     argv = ["--data", folder, "--out", out, "--arch", "resnet_tiny", "--batch-size", "8",
             "--epochs", "100", "--eval-every", "100", "--log-every", "1", "--workers", "0",
             "--baseline"]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-OO", f"{ROOT}/simclr_tc2.py", *argv]
-    program = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for line in program.stdout:
-        if line.startswith(b"step 3/"):
-            break
-    program.stdout.close()
-    assert program.stderr.read() == b"" and program.wait() == 141
+    os.mkfifo("pipe")
+    program = Program("simclr_tc2", *argv, before=speak_ascii, stdout="pipe")
+    with open("pipe") as pipe:
+        for line in pipe:
+            if line.startswith("step 3/"):
+                break
+    assert program.end() == (141, "", "")
     simclr_tc2.main([*argv, "--max-steps", "9"])
     assert checkpoint(out)["step"] == 9
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "eval_linear"])
+def test_python_without_docstrings(name, capsys):
+    """As python -OO compiles the files."""
+    with open(f"{ROOT}/{name}.py") as file:
+        code = compile(file.read(), name, "exec", optimize=2)
+    module = {"__name__": name}
+    exec(code, module)
+    with pytest.raises(SystemExit) as stopped:
+        module["parse_args"](["--help"])
+    assert stopped.value.code == 0 and "--device" in capsys.readouterr().out
 
 
 def test_every_script_is_run_by_the_frame_that_ends_in_sentences():
