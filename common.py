@@ -1242,6 +1242,7 @@ def run(main):
         print("stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what is still unwritten goes nowhere
         raise SystemExit(141) from None                     # as the shell reports SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

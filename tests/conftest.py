@@ -107,6 +107,9 @@ def run_script(name, argv, folder, env, before, stdout, stderr):
     os.environ.update(env)
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    # Opened anew: the old ones may believe that they can seek in a pipe.
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)          # as in a program
     import common
