@@ -715,7 +715,8 @@ def parse_args(argv=None):
         help="beta_1 of Eq. 6; 0 = no inner loop (default: 0.01)")
     add("--second-order", action="store_true",
         help="differentiate Eq. 7 through Eq. 6 (default: first order)")
-    add("--factors", type=number(int, 1), help="n_f, columns of V (default: d, the paper's best)")
+    add("--factors", type=number(int, 1), help="n_f, columns of V (default: d / 2; d, the "
+        "paper's best, makes Eq. 1 zero by construction)")
     add("--lambda-s", type=number(float, 0), default=0.1,
         help="lambda_s of Eq. 3; 0 = no L_w (default: 0.1; paper: 0.001 to 1)")
     add("--without", nargs="+", default=[], choices=("qr", "skip", "lv", "calibration"),
@@ -729,7 +730,7 @@ def fill_defaults(args, data, device):
         args.masks = args.masks or 1
         args.tasks = args.tasks or 1
     recipe = fill_from_recipe(args, RECIPES, data, device, SCRIPT)
-    args.factors = args.factors or DECODERS[args.arch][0]
+    args.factors = args.factors or DECODERS[args.arch][0] // 2
     args.images_per_step = args.batch_size
     return [AUGMENTATION[recipe]]
 

@@ -28,6 +28,11 @@ both = pytest.mark.parametrize("baseline", [False, True], ids=["enhanced", "base
 each_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
+def pytest_configure(config):
+    """torchvision announces at every call that its decoders and encoders will move elsewhere."""
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding:DeprecationWarning")
+
+
 @pytest.fixture(scope="session")
 def root():
     return ROOT

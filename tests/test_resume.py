@@ -432,8 +432,8 @@ def test_a_second_ctrl_c_ends_a_step_that_hangs():
 
 
 def speak_ascii():
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="ascii")
+    sys.stdout = open(1, "w", encoding="ascii")
+    sys.stderr = open(2, "w", encoding="ascii")
 
 
 def test_names_that_are_not_utf8_in_ascii_until_the_pipe_closes():

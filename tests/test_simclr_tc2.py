@@ -303,6 +303,12 @@ def test_without_qr_one_mlp_turns_each_column_of_the_summary_into_a_row_of_v(n_f
     assert_close(moved[rest], V[rest])
     assert_close(net(S.flip(1)), V.flip(0))
 
+    # Both the mean, the first row of S, and the covariances are seen.
+    for row in range(6):
+        changed = S.clone()
+        changed[row] += 1
+        assert (net(changed) - V).norm() > 1e-3
+
 
 def test_weight_net_starts_as_the_projection_and_adds_only_a_function_of_z():
     net = seeded(WeightNet, 6, 4)
@@ -791,11 +797,21 @@ def slow_stage_2(net, nets, x, args):
         at = theta if args.second_order else theta_k
         total = total + flat(grad(loss, list(at.values()))) / 2
         query_losses.append(loss.detach())
-    terms = {"loss_query": torch.stack(query_losses).mean()}
+    first = rows.view(4, 8, 6)[0]
+    first_hat = calibrated(first).detach()
+    cosines = [cos(a, b) for a, b in zip(first, first_hat)]
+    terms = {"loss_query": torch.stack(query_losses).mean(), "std_z": slow_spread(first),
+             "std_z_hat": slow_spread(first_hat), "cos_z_hat": torch.stack(cosines).mean()}
     if args.inner_lr:
         terms["loss_support"] = torch.stack(support_losses).mean()
         terms["inner_step"] = length
     return total, terms
+
+
+def slow_spread(z):
+    """Standard deviation of the rows' directions, 1 if they are isotropic. z (n, d)."""
+    directions = torch.stack([row / row.norm() for row in z])
+    return directions.var(0).sqrt().sum() / z.shape[1] ** 0.5
 
 
 STEPS = {"default": {"inner_lr": 0.5},
@@ -821,6 +837,33 @@ def test_train_step_follows_algorithm_1(changes):
         assert_close(terms[name], value)
     assert ("inner_step" in terms) == ("inner_step" in expected)
     assert all(term.shape == () and not term.requires_grad for term in terms.values())
+
+
+@pytest.mark.parametrize("kind", ["brier", "nce", "sse"])
+def test_train_step_gives_stage_1_the_losses_of_eqs_4_and_5(kind):
+    """InfoNCE on two support views, the query error on all four; SGD, in float64."""
+    nets = make_nets()
+    slow = copy.deepcopy(factors_of(nets))
+    f_v, f_w = slow
+    z = embed(copy.deepcopy(encoder_of(nets)), images(), settings()).detach()
+    S = batch_summary(z)
+    for half in (0, 1):
+        V = f_v(S)
+        W = f_w(z, V)
+        total = sum(slow_factor_loss(z, V))
+        views = slice(0, 2) if half == 0 else slice(2, 4)
+        total = total + 0.7 * slow_weight_loss(z[views], W[views], V)
+        for z_hat in (W @ V.T).chunk(2, dim=1):
+            loss = slow_query_loss(z_hat, kind) if half else slow_nce(z_hat[:2], T)
+            total = total + loss / 2
+        slow.zero_grad()
+        total.backward()
+        for p in slow.parameters():
+            p.data -= 0.01 * p.grad
+
+    start = flat(factors_of(nets).parameters())
+    run(nets, factor_lr=0.01, query_loss=kind, lambda_s=0.7)
+    assert_same(flat(factors_of(nets).parameters()) - start, flat(slow.parameters()) - start)
 
 
 @pytest.mark.parametrize("encoder_lr, factor_lr", [(0.0, 0.05), (1.0, 0.0)])
@@ -1105,10 +1148,11 @@ def test_diagnose_measures_both_losses_at_one_theta_and_leaves_everything_alone(
 
 
 def test_diagnose_adapts_by_one_step_on_the_model_s_own_loss():
-    """[GeSSL Definition 3.1] The accuracy at theta_k: of z_hat's loss, or z's without it."""
+    """[GeSSL Definition 3.1] The accuracy at theta_k: of z_hat's loss, or of z's without it."""
+    expected = []
     for without in ([], ["calibration"]):
         nets = make_nets()
-        args = settings(inner_lr=5.0, without=without)
+        args = settings(inner_lr=3.0, without=without)
         found = diagnose(nets, images(), args)
         net = encoder_of(nets)
         theta = dict(net.named_parameters())
@@ -1119,9 +1163,12 @@ def test_diagnose_adapts_by_one_step_on_the_model_s_own_loss():
             if not without:
                 z = nets["weight_net"](z, V) @ V.T
             g = grad(slow_nce(z, T), list(theta.values()))
-            moved = {name: p - 5.0 * d for (name, p), d in zip(theta.items(), g)}
+            moved = {name: p - 3.0 * d for (name, p), d in zip(theta.items(), g)}
             after.append(instance_accuracy(embed(net, group, args, moved)))
-        assert_close(found["adapted_after"], 100 * torch.stack(after).mean())
+        expected.append(100 * torch.stack(after).mean())
+        assert_close(found["adapted_after"], expected[-1])
+        assert found["adapted_after"] != found["adapted_before"]
+    assert expected[0] != expected[1]
 
 
 def test_diagnose_splits_one_task_into_four_groups_and_two_images_into_two():
