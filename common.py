@@ -254,11 +254,9 @@ def decode(path):
             if image.width * image.height > GIGAPIXEL:
                 raise OSError("more than a gigapixel")
             if image.format in ("JPEG", "MPO"):         # a telephone's JPEG with a second image
-                # torchvision is fast, but does not read every file and may come without decoders.
-                # It is given bytes: it opens no file whose name is not UTF-8.
+                # Fast, but not for every file or name, and not in every build of torchvision.
                 with contextlib.suppress(RuntimeError, AttributeError):
-                    jpeg = torch.from_numpy(np.fromfile(path, np.uint8))
-                    return torchvision.io.decode_jpeg(jpeg, "RGB", apply_exif_orientation=True)
+                    return torchvision.io.decode_image(path, "RGB", apply_exif_orientation=True)
 
             deep = image.mode == "I" and image.format in ("PNG", "PPM")
             deep = deep or image.mode.startswith("I;16")

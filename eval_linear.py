@@ -43,10 +43,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (BUILT_IN, SMALL, Data, Parser, decode, default_workers, draw_grid,
-                    effective_rank, extract_features, fail, find_splits, fit, list_classes,
-                    load_data, load_torch, lr_scale, make_backbone, nearest, number, read_log, rng,
-                    run, save, set_lr, setup_processes, training_batches, vote)
+from common import (BUILT_IN, SMALL, Data, Parser, choose_device, decode, default_workers,
+                    draw_grid, effective_rank, extract_features, fail, find_splits, fit,
+                    list_classes, load_data, load_torch, lr_scale, make_backbone, nearest, number,
+                    read_log, rng, run, save, set_lr, training_batches, vote)
 
 GREEN = (0.1, 0.75, 0.1)                    # frames of neighbours.png: same class, another, none
 RED = (0.9, 0.1, 0.1)
@@ -544,7 +544,7 @@ def spelling(name):
 class Job:
     """What the protocols need: a run, its images, features when they are asked for."""
     def __init__(self, args):
-        _, _, self.device = setup_processes(args.device)
+        self.device = choose_device(args.device)
         self.args = args
         self.backbone, self.state, self.settings = load_run(args.run)
         self.backbone.to(self.device)
@@ -689,7 +689,7 @@ def evaluate(job, protocols, settings, command):
 # ---- flags ---------------------------------------------------------------------------------------
 def job_parser(doc):
     """The flags that results/measures.py shares."""
-    p = Parser(description=doc.split("\n\nRUN is")[0], allow_abbrev=False,
+    p = Parser(description=(doc or "").split("\n\nRUN is")[0], allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("run", metavar="RUN", type=os.path.expanduser, help="folder with backbone.pt")

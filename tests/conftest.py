@@ -1,8 +1,10 @@
 """What the tests share: one thread, no GPU, tiny runs, and programs that start quickly."""
+import contextlib
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 
@@ -131,6 +133,7 @@ class Program:
     env: more of the environment; before: a function that is called first in the new process;
     stdout: the name of a pipe."""
     count = 0
+    groups = []
 
     def __init__(self, name, *argv, env=None, before=None, folder=".", stdout=None):
         Program.count += 1
@@ -140,6 +143,7 @@ class Program:
         self.process = FORKSERVER.Process(target=run_script, args=life)
         self.process.start()
         self.pid = self.process.pid
+        Program.groups.append(self.pid)
 
     def wait_for(self, ready):
         """Until ready() is true."""
@@ -153,7 +157,13 @@ class Program:
     def end(self):
         """Its (exit status, stdout, stderr), when it has ended."""
         self.process.join(60)
-        if self.process.is_alive():
-            self.process.kill()
-            raise TimeoutError
+        assert not self.process.is_alive()
         return self.process.exitcode, *map(text_of, self.files)
+
+
+@pytest.fixture(autouse=True)
+def no_program_outlives_its_test():
+    yield
+    while Program.groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(Program.groups.pop(), signal.SIGKILL)

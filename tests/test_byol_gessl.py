@@ -300,6 +300,7 @@ def test_byol_loss_ignores_row_scale_and_runs_from_0_aligned_to_4_opposite():
 @pytest.mark.parametrize("base", [0.9, 0.996])
 def test_ema_decay_rises_from_base_through_the_midpoint_to_one(base):
     close([ema_decay_at(base, x) for x in (0, 0.5, 1)], [base, (1 + base) / 2, 1.0])
+    close((1 - ema_decay_at(base, 0.25)) / (1 - base), (2 + 2 ** 0.5) / 4)
     path = [ema_decay_at(base, x / 20) for x in range(21)]
     assert all(a < b for a, b in zip(path, path[1:]))
 
@@ -1022,6 +1023,39 @@ def test_baseline_is_byols_gradient_and_so_is_gessl_without_target_steps():
     close(outer_step(ONE, tasks=1, target_steps=0)[0], plain_byol(ONE))
     taken = outer_step(ONE, tasks=1, target_steps=0, ssl_weight=0)[0]
     assert taken.abs().max() < 1e-14
+
+
+def test_the_target_starts_as_a_copy_that_no_gradient_reaches():
+    """[BYOL Section 3.1]"""
+    nets = byol_gessl.build_nets(step_args())
+    copied = dict(nets["target"].named_parameters())
+    own = dict(nn.Sequential(nets["backbone"], nets["projector"]).named_parameters())
+    assert copied.keys() == own.keys()
+    for name, p in copied.items():
+        assert torch.equal(p, own[name]) and p is not own[name] and not p.requires_grad
+        assert own[name].requires_grad
+
+
+def test_weight_decay_spares_biases_and_batchnorm_and_no_weight_is_left_out():
+    """At zero gradients AdamW only decays: p <- (1 - lr * decay) p."""
+    nets = byol_gessl.build_nets(step_args())
+    opt = byol_gessl.build_opts(nets, SimpleNamespace(lr=0.1, weight_decay=0.5))["encoder"]
+    byol_gessl.set_gradient(online(nets), torch.zeros_like(weights(nets)))
+    before = {name: p.detach().clone() for name, p in nets.named_parameters()}
+    opt.step()
+    for name, p in nets.named_parameters():
+        decays = p.ndim > 1 and not name.startswith("target")
+        close(p.detach(), 0.95 * before[name] if decays else before[name])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_outputs_of_a_bfloat16_pass_are_float32(flat):
+    net = step_nets().float()["target"]
+    theta = byol_gessl.flatten(net) if flat else None
+    out = byol_gessl.embed(net, TWO.float(), step_args(bf16=True), theta)
+    exact = byol_gessl.embed(net, TWO.float(), step_args(), theta)
+    assert out.shape == (2, 8, 5) and out.dtype == torch.float32
+    assert 0 < relative(out, exact) < 0.1
 
 
 def test_flat_weights_are_copies_that_return_to_their_names_and_shapes():

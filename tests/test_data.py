@@ -4,7 +4,6 @@ The folders are built as people have them: hidden files, links in circles, broke
 misnamed images, names that are no text. Whatever is wrong with one file, it is named and left out;
 whatever is wrong with a folder, the program ends in one sentence.
 """
-import io
 import math
 import multiprocessing.reduction
 import os
@@ -13,7 +12,6 @@ import signal
 import struct
 import subprocess
 import sys
-import types
 import zlib
 from argparse import Namespace
 
@@ -30,7 +28,6 @@ import common
 import simclr_tc2
 from conftest import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning")
 CPU = torch.device("cpu")
 AS_IS = {"crop": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "jitter": (0.0, 0.0, 0.0, 0.0),
          "jitter_p": 0.0, "gray_p": 0.0, "blur_p": 0.0, "solarize_p": 0.0,
@@ -46,9 +43,15 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def no_test_hangs():
     """Links in a circle used to be followed for ever."""
+    before = signal.signal(signal.SIGALRM, too_late)
     signal.alarm(100)
     yield
     signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def too_late(signum, frame):
+    pytest.fail("hangs")
 
 
 def normal(*shape, seed=0):
@@ -103,6 +106,19 @@ def fails(capsys, function, *args):
     errors = [line for line in lines if not line.startswith("left out: ")]
     assert stopped.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: "), lines
     return errors[0]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that an operation makes; a view takes no memory."""
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and not func.is_view:
+            self.bytes = max(self.bytes, out.numel() * out.element_size())
+        return out
 
 
 # ---- one listing ---------------------------------------------------------------------------------
@@ -242,24 +258,24 @@ def test_a_folder_named_like_built_in_data_is_mentioned(capsys):
 def test_jpeg_is_read_by_torchvision_and_by_pillow_where_that_fails(monkeypatch):
     image = Image.fromarray(noise(5, 4).permute(1, 2, 0).numpy()).resize((40, 30))
     image.save("x.jpg", quality=95)
-    decode_jpeg = torchvision.io.decode_jpeg
+    decode_image = torchvision.io.decode_image
     calls = []
 
     def counted(*args, **kw):
         calls.append(args)
-        return decode_jpeg(*args, **kw)
+        return decode_image(*args, **kw)
 
     def missing(*args, **kw):
         raise RuntimeError("Couldn't load the image extension.")
 
-    monkeypatch.setattr(torchvision.io, "decode_jpeg", counted)
+    monkeypatch.setattr(torchvision.io, "decode_image", counted)
     fast = common.decode("x.jpg")
     assert fast.shape == (3, 30, 40) and len(calls) == 1
     image.save("two.mpo", save_all=True, append_images=[image], quality=95)
     assert torch.equal(common.decode("two.mpo"), fast) and len(calls) == 2
-    monkeypatch.setattr(torchvision.io, "decode_jpeg", missing)
+    monkeypatch.setattr(torchvision.io, "decode_image", missing)
     slow = common.decode("x.jpg")
-    monkeypatch.delattr(torchvision.io, "decode_jpeg")          # as of a future release
+    monkeypatch.delattr(torchvision.io, "decode_image")         # as of a future release
     assert torch.equal(common.decode("x.jpg"), slow)
     assert (fast.int() - slow.int()).abs().max() <= 4
 
@@ -332,7 +348,7 @@ def test_one_size_limit_for_all_formats(monkeypatch):
                 common.decode(f"x.{suffix}")
 
 
-def test_png_with_large_texts_and_profile_is_read():
+def test_png_with_large_texts_and_profile_is_read(monkeypatch):
     image = Image.fromarray(noise(20, 20).permute(1, 2, 0).numpy())
     texts = PngImagePlugin.PngInfo()
     texts.add_text("prompt", "x" * 3_000_000, zip=True)
@@ -340,6 +356,9 @@ def test_png_with_large_texts_and_profile_is_read():
         texts.add_text(f"plain{i}", "y" * 3_000_000)
     image.save("texts.png", pnginfo=texts, icc_profile=bytes(3_000_000))
     assert torch.equal(common.decode("texts.png"), noise(20, 20))
+    monkeypatch.setattr(common, "GIGAPIXEL", 10_000)        # what Pillow raises is no OSError
+    with pytest.raises(OSError, match="too large"):
+        common.decode("texts.png")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "png", "tif"])
@@ -382,11 +401,12 @@ def test_files_of_every_colour_and_with_a_wrong_name_are_read():
 
 def test_a_strip_of_one_pixel_by_thousands_is_cut_before_it_is_resized():
     row = torch.arange(9001.0).div(40).byte().expand(3, 1, 9001)
-    square = common.fit(row, 32, 37)
-    assert square.shape == (3, 32, 32)
+    with Largest() as largest:
+        square = common.fit(row, 32, 37)
+    assert largest.bytes < 50_000 and square.shape == (3, 32, 32)
     assert square.unique().tolist() == [112]        # the middle pixel and its neighbours
     assert common.fit(row.mT, 32).shape == (3, 32, 32)
-    image = noise(40, 110)                          # ordinary images are not cut before
+    image = noise(40, 115)                          # ordinary images are not cut before
     expected = TF.center_crop(TF.resize(image, [36], antialias=True), [32, 32])
     assert torch.equal(common.fit(image, 32, 36), expected)
     assert common.fit(image[None, :, :32, :32], 32).data_ptr() == image.data_ptr()
@@ -517,13 +537,13 @@ def test_one_bad_file_in_a_hundred_is_named_and_left_out_and_no_more(capsys):
 def test_labels_stay_with_their_images_when_a_file_is_left_out(capsys):
     class_folders("d")
     write("d/train/a/1.png", b"no")
-    write("d/test/b/0.jpg", b"\xff\xd8\xff\xe0")
+    write("d/test/a/0.jpg", b"\xff\xd8\xff\xe0")
     data = common.load_data("d")
     assert data.train_labels.tolist() == [0] * 3 + [1] * 4
-    assert data.test_labels.tolist() == [0] * 4 + [1] * 3
+    assert data.test_labels.tolist() == [0] * 3 + [1] * 4
     assert torch.equal(data.train[1], common.decode("d/train/a/2.jpg"))
     said = capsys.readouterr().err
-    assert said.count("left out: ") == 2 and "left out: d/test/b/0.jpg cannot be decoded (" in said
+    assert said.count("left out: ") == 2 and "left out: d/test/a/0.jpg cannot be decoded (" in said
 
 
 @pytest.mark.parametrize("size", [20, 120])
@@ -726,6 +746,16 @@ def test_the_successor_of_a_bad_file_stands_in():
     write("d/000.png", b"no")
     crops, index, bad = files[0, 1]
     assert crops is None and sorted(bad) == names
+
+
+def test_a_bad_file_is_named_once_in_all_epochs(capsys):
+    flat_folder("d", 4, height=120, width=120)
+    write("d/001.png", b"no")
+    names = [f"d/{i:03}.png" for i in range(4)]
+    steps = batches(as_data(names), [CROPPED], 0, 6, batch=2)
+    shown = [i for _, index in steps for i in index]
+    assert sorted(shown) == [0] * 3 + [2] * 6 + [3] * 3
+    assert capsys.readouterr().err.count("left out: d/001.png cannot be decoded") == 1
 
 
 def test_crops_of_files_are_those_of_random_resized_crop():
@@ -948,19 +978,6 @@ def test_nearest_is_the_sorted_list_and_reads_a_large_bank_in_parts(metric):
     assert {i // 65536 for i in index.flatten().tolist()} == {0, 1, 2}
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that an operation makes; a view takes no memory."""
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if torch.is_tensor(out) and not func.is_view:
-            self.bytes = max(self.bytes, out.numel() * out.element_size())
-        return out
-
-
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_knn_keeps_one_copy_of_the_bank(metric):
     bank = normal(200_000, 64)
@@ -1096,7 +1113,9 @@ def test_the_monitor_keeps_labels_with_their_images_and_passes_over_those_withou
 
     for i, image in enumerate(images):
         save_image(f"d/{i:03}.png", image)
-    write("d/007.png", b"no")
+    for part in (range(200), range(200, 300)):
+        bad = next(i for i in part if labels[i] == 1)
+        write(f"d/{bad:03}.png", b"no")
     names = [f"d/{i:03}.png" for i in range(300)]
     data = data._replace(train=names[:200], test=names[200:])
     found = common.monitor(nn.Flatten(), data, args, AS_IS, CPU)

@@ -459,7 +459,7 @@ def test_python_without_docstrings(name, capsys):
     """As python -OO compiles the files."""
     with open(f"{ROOT}/{name}.py") as file:
         code = compile(file.read(), name, "exec", optimize=2)
-    module = {"__name__": name}
+    module = vars(types.ModuleType(name))
     exec(code, module)
     with pytest.raises(SystemExit) as stopped:
         module["parse_args"](["--help"])

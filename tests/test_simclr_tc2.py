@@ -970,6 +970,20 @@ def test_batchnorm_buffers_move_once_per_step_with_the_whole_batch(changes):
     assert_close(norm.running_var, 0.7 + 0.3 * h.var(1))
 
 
+@pytest.mark.parametrize("inner_lr, expected", [(0.5, [32, 8, 16, 8, 16]), (0.0, [32, 16, 16])])
+def test_a_step_passes_all_views_once_then_each_task_s_support_and_all_of_its_views(
+        inner_lr, expected):
+    nets = make_nets()
+    passes = []
+
+    def note(module, inputs, output):
+        passes.append(len(output))
+
+    nets["projector"].register_forward_hook(note)
+    run(nets, inner_lr=inner_lr)
+    assert passes == expected
+
+
 def test_embed_gives_rows_of_norm_sqrt_d_in_float32_at_the_weights_it_is_given():
     nets = make_nets().float()
     net = encoder_of(nets)

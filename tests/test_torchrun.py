@@ -426,6 +426,7 @@ def test_torchrun_ends_at_ctrl_c_with_one_checkpoint_and_the_same_command_goes_o
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = subprocess.Popen(command, env=env, text=True, start_new_session=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    Program.groups.append(torchrun.pid)
     for line in torchrun.stdout:
         if line.startswith("step 3/"):
             break
@@ -507,6 +508,15 @@ def test_processes_that_cannot_work_together_end_in_a_sentence(env, words, monke
         common.setup_processes(None)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_an_evaluation_may_be_a_task_of_several(monkeypatch, capsys):
+    """Each writes where it is told; only a training run would be done twice."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    eval_linear = importlib.import_module("eval_linear")
+    with pytest.raises(SystemExit):
+        eval_linear.main(["no_such_run"])
+    assert "no_such_run" in capsys.readouterr().err
 
 
 def test_one_process_needs_none_of_it(monkeypatch):
