@@ -682,6 +682,7 @@ def main(argv=None):
         if data.test_labels is None:
             log.show(f"{args.data} has no labels: the k-NN monitor is off")
         elif start == 0:                            # what the run has to beat
+            log.show("step 0: k-NN of the pixels and of the untrained network ...", live=True)
             raw = evaluate(None) if torch.is_tensor(data.train) else {}
             raw = {f"raw_pixels_{name}": value for name, value in raw.items()}
             log.event(0, **evaluate(nets["backbone"]), **raw)
@@ -707,8 +708,9 @@ def main(argv=None):
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")
                 raise SystemExit(128 + signum)
+    labels = " --data FOLDER-WITH-CLASSES" if data.test_labels is None else ""
     log.end(f"done: {args.out}/backbone.pt, curves.png, views.png, log.jsonl; next: "
-            f"python eval_linear.py {args.out}")
+            f"python eval_linear.py {args.out}{labels}")
     # -- end shared --
 
 
