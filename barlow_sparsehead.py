@@ -3,8 +3,8 @@
 Barlow Twins makes the cross-correlation of the embeddings of two views the identity: a dimension
 says the same of both views, and no two dimensions say the same. SparseHead asks the last layer of
 the projection head to use few of its inputs, by an L2,1 penalty on the columns of its weight W. As
-printed the penalty does nothing here, since the loss does not see the scale of W: the file holds
-it, the reason, and forms that do remove columns.
+printed the penalty removes no column here, since the loss does not see the scale of a row of W: the
+file holds it, a measure of this (`rescaling_share`), and forms that do remove columns.
 
   Barlow Twins  Zbontar et al. 2021, arXiv 2103.03230: Eqs. 1-2, Algorithm 1
   SparseHead    Song et al., "Towards the Sparseness of Projection Head in Self-Supervised
@@ -15,12 +15,15 @@ One step, [Barlow Twins Algorithm 1] with the penalty of [SparseHead Section 6]:
   C = correlation of z1 and z2 over the batch                             Barlow Twins Eq. 2
   L = sum_i (1 - C_ii)^2 + lambda_o sum_{i != j} C_ij^2                   Barlow Twins Eq. 1
   theta, phi <- a step of Adam on L + lambda ||W'||_{2,1}                 SparseHead Eqs. 12, 13
-W' is W with rows of unit norm (--penalty rownorm), or W itself (plain).
+W' is W with rows of unit norm (--penalty rownorm), or W itself (plain). With prox and bilevel the
+step is on L alone: a proximal step on W follows it (prox), or several give W^t before it (bilevel).
 
   paper           here                  shape, meaning
   r = f_theta(x)  r                     (2, n, d) representation, what is kept after training
-  z = h_phi(r)    z                     (2, n, m) embedding of both views
+  z = h_phi(r)    z                     (2, n, m) embedding of both views, z = u W^T
+  (not named)     u                     (2, n, H) inputs of the last layer of the head
   W               projector[-1].weight  (m, H) last layer of the head, no bias; linear head: H = d
+  W^t             W_t                   (m, H) with --penalty bilevel: the W of one batch t
   ||W||_{2,1}     l21_norm(W)           sum of the norms of the columns; a column is one input
   lambda          --lambda-sparse       SparseHead's; lambda_o, --lambda-offdiag, is Barlow Twins'
   C               C                     (m, m) over the batch of all processes
@@ -42,7 +45,7 @@ rows, not W. (2) lambda = 0.3 for it: 1e-4 changes nothing. (3) One W for all ba
 theta, where Eqs. 12-13 have a W^t for each (--penalty bilevel). (4) Groups are columns, by the
 support in Section 5.2; a smaller "dimensionality of the embedding" (Section 5.3) would need rows.
 (5) No weight decay on W. (6) What "sparse" means is counted: columns below 1e-3 of the largest, and
-exact zeros. (7) Adam at every scale, not LARS.
+exact zeros. (7) Adam at every scale, not Barlow Twins' LARS.
 """
 import math
 import sys
@@ -61,8 +64,9 @@ LAMBDA_SPARSE = {"rownorm": 0.3, "prox": 3.0, "plain": 1e-4, "bilevel": 1.0, "no
 LIVE = 1e-3             # a column below this share of the largest counts as dead
 RHO = 0.1               # with --penalty bilevel, how far W follows each W^t
 
-# SparseHead states no augmentation. small: TC2's Appendix IV. imagenet: Barlow Twins Section 2.2,
-# whose two views differ. jitter: brightness, contrast, saturation, hue.
+# SparseHead states no augmentation. small: Appendix IV of TC2, the paper of simclr_tc2.py. shapes:
+# ours. imagenet: Barlow Twins Section 2.2, whose two views differ.
+# jitter: brightness, contrast, saturation, hue.
 WEAK = {"crop": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5,
         "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.1, "blur_p": 0.0,
         "solarize_p": 0.0, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
@@ -72,8 +76,9 @@ FIRST = {**WEAK, "crop": (0.08, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1), "gray_p": 
 SECOND = {**FIRST, "blur_p": 0.1, "solarize_p": 0.2}
 AUGMENTATION = {"shapes": [GRAYER, GRAYER], "small": [WEAK, WEAK], "imagenet": [FIRST, SECOND]}
 
-# small: SparseHead's Section 7 for CIFAR; for STL-10 it has --lr 2e-3 --epochs 2000, for Tiny
-# ImageNet --lr 2e-3. imagenet: Barlow Twins' widths and epochs, with Adam in place of LARS.
+# Weight decay: SparseHead's Section 7. small: epochs and lr of it for CIFAR, dim of Section 4; for
+# STL-10 it has --lr 2e-3 --epochs 2000, for Tiny ImageNet --lr 2e-3. imagenet: Barlow Twins' widths
+# and epochs, with Adam in place of LARS. What is not named here is ours.
 RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 10, "batch_size": 64, "lr": 3e-3,
                "weight_decay": 1e-6, "warmup_epochs": 0.5, "eval_every": 2,
@@ -105,7 +110,9 @@ def build_nets(args):
         head = [nn.Linear(feature_dim, args.dim, bias=False)]
     else:
         head = [nn.Linear(feature_dim, feature_dim, bias=False)]
-        nn.init.eye_(head[0].weight).requires_grad_(False)          # h_phi = I, fixed: z = r
+        # h_phi = I, fixed: z = r.
+        nn.init.eye_(head[0].weight)
+        head[0].weight.requires_grad_(False)
 
     projector = nn.Sequential(*head)
     everything = torch.ones(head[-1].in_features, dtype=torch.bool)
@@ -123,16 +130,17 @@ def build_opts(nets, args):
 
 
 def embed(nets, views, args):
-    """(r, u, z) of views (2, n, 3, H, W): (2, n, d), (2, n, H), (2, n, m), never in bfloat16.
+    """(r, u, z) of views (2, n, 3, height, width): (2, n, d), (2, n, H), (2, n, m), no bfloat16.
 
     r is the representation, u = what W multiplies, z = u W^T the embedding. Both views share the
-    statistics of one pass."""
+    BatchNorm statistics of one pass."""
     # channels_last: faster convolutions, on a GPU and on a CPU.
     images = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
         r = nets["backbone"](images)
         u = nets["projector"][:-1](r)
         z = nets["projector"][-1](u)
+    # bfloat16 becomes float32; float64 stays.
     precise = torch.promote_types(z.dtype, torch.float32)
     return [x.to(precise).unflatten(0, views.shape[:2]) for x in (r, u, z)]
 
@@ -185,14 +193,14 @@ def l21_norm(W):
 def row_normalize(W):
     """W (m, H) with rows of unit norm; zero rows stay.
 
-    Barlow's loss is the same for both. l21_norm of the result lies between sqrt(m), one column
-    left, and sqrt(m H), all alike: it can fall only by sparsity."""
+    Barlow's loss is the same for W and for the result. l21_norm of the result lies between sqrt(m),
+    one column left, and sqrt(m H), all alike: it can fall only by sparsity."""
     norms = torch.linalg.vector_norm(W, dim=1, keepdim=True)
     return W / norms.clamp(min=1e-12)
 
 
 def sparse_penalty(W, penalty):
-    """What --lambda-sparse weighs: L2,1 of W (plain), else of W with unit rows.
+    """L2,1 of W (plain), else of W with unit rows; prox and bilevel only log it.
 
     [SparseHead Eqs. 12-13]"""
     if penalty == "plain":
@@ -219,7 +227,7 @@ def batch_head(W, u, args):
     for _ in range(args.inner_steps):
         W_t.requires_grad_()
         loss = barlow_loss(u1 @ W_t.T, u2 @ W_t.T, args.lambda_offdiag)
-        gradient, = torch.autograd.grad(loss, W_t)
+        gradient = torch.autograd.grad(loss, W_t)[0]
         gradient = all_reduce_sum(gradient) / world_size()
 
         W_t = W_t.detach() - args.inner_lr * gradient
@@ -238,7 +246,8 @@ def sparsity(W):
 
     l21, frobenius  norms of W
     l21_normalized  l21 with unit rows over sqrt(m H): 1 = columns alike, 1 / sqrt(H) = one left
-    live_columns    share of columns above a thousandth of the largest; zero_columns: exactly 0"""
+    live_columns    share of columns above a thousandth of the largest
+    zero_columns    share of columns that are exactly zero"""
     return {"l21": l21_norm(W), "frobenius": torch.linalg.matrix_norm(W),
             "l21_normalized": l21_norm(row_normalize(W)) / math.sqrt(W.numel()),
             "live_columns": live_columns(W).to(W.dtype).mean(),
@@ -246,9 +255,10 @@ def sparsity(W):
 
 
 def rescaling_share(W):
-    """Share of the gradient of ||W||_{2,1}, squared, that only rescales rows of W (m, H).
+    """Share of the gradient of ||W||_{2,1} that only rescales rows of W (m, H), in squared norms.
 
-    1: a small step on the penalty changes nothing that the loss can see. 0 for rownorm."""
+    1: a small step on the penalty changes nothing that the loss can see. The gradient of rownorm's
+    penalty would give 0."""
     gradient = W / column_norms(W).clamp(min=1e-12)
     along_rows = (gradient * row_normalize(W)).sum(1)
     return along_rows.square().sum() / gradient.square().sum().clamp(min=1e-12)
@@ -256,28 +266,31 @@ def rescaling_share(W):
 
 # ---- one step ------------------------------------------------------------------------------------
 def train_step(nets, opts, views, args, progress):
-    """One step, optimiser included: views (2, n, 3, H, W) of this process -> terms to log.
+    """One step, optimiser included: views (2, n, 3, height, width) of this process -> terms to log.
 
     loss_ssl      loss_invariance + loss_redundancy, the two terms of Barlow Twins' loss
-    loss_sparse   the penalty without its weight, of W before the step; of W after it: `sparsity`
-    std_z         spread over directions; near 1, 0 = collapsed
-    var_z         variance before `standardize`; far above its epsilon, 1e-5
-    rescaling     plain: the part of the penalty that the loss cannot see, see `rescaling_share`
-    batch_columns, support_change   bilevel: live columns of W^t; those that are live in one of W
+    loss_sparse   the penalty without its weight, of W before the step; the terms of `sparsity` are
+                  of W after it
+    std_z         spread over directions: should stay near 1; 0 = collapsed
+    var_z         variance before `standardize`: should stay far above its epsilon, 1e-5
+    rescaling     plain: the part of the penalty's gradient that the loss does not see, see
+                  `rescaling_share`
+    batch_columns, support_change   bilevel: share of columns live in W^t; share live in one of W
                   and W^t alone: does the support depend on the batch?
 
-    progress, the share of the training done, is for methods that change with it.
+    progress, the share of the training done, is not used: it is for methods that change with it.
 
     [Barlow Twins Algorithm 1, with SparseHead's Section 6]"""
     opt = opts["encoder"]
     W = nets["projector"][-1].weight
     _, u, z = embed(nets, views, args)
     if args.penalty == "bilevel":
-        W_t = batch_head(W, u, args)                    # Eq. 13
+        # Eq. 13. No gradient reaches W: it follows W_t below.
+        W_t = batch_head(W, u, args)
         z = u @ W_t.T
     z1, z2 = z
 
-    # Eq. 12 with the penalty of Section 6.
+    # Eq. 12 with the penalty of Section 6; lambda_o is in the redundancy.
     invariance, redundancy = barlow_terms(z1, z2, args.lambda_offdiag)
     penalty = sparse_penalty(W, args.penalty)
     loss_ssl = invariance + redundancy
@@ -295,7 +308,8 @@ def train_step(nets, opts, views, args, progress):
                  "loss_redundancy": redundancy, "loss_sparse": penalty,
                  "std_z": embedding_std(z1), "var_z": z1.var(0).mean()}
         if args.penalty == "prox" and args.lambda_sparse:
-            # The threshold falls with the learning rate, as a gradient step would.
+            # The threshold falls with the learning rate, as a gradient step would. The last group
+            # holds W alone.
             threshold = opt.param_groups[-1]["lr"] * args.lambda_sparse
             W.copy_(row_normalize(prox_l21(W, threshold)))
         if args.penalty == "bilevel":

@@ -11,18 +11,19 @@ token, between encoder and decoder, as a combination of factors that all tasks s
 
 One step, [TC2 Algorithm 1]:
   split the batch into K tasks of n images, draw m masks of each image         lines 2-3
-  Z = tokens of f_theta(X) at the visible patches, S = summary(Z)
+  Z = tokens of the visible patches, between encoder and decoder, S = batch_summary(Z)
   f_v, f_w <- a step on the support masks, then one on the query masks         line 4   Eqs. 4, 5
   theta_k  <- theta - beta_1 grad L_support(theta)           for each task     line 5   Eq. 6
   theta    <- theta - beta_2 mean_k grad L_query(theta_k)                      line 5   Eq. 7
 
   paper             here                       shape, meaning
   X_tr, x^2; K      tasks; --tasks             (K, n, 3, H, W): this process's images, whole
-  x^1; m            orders; --masks            (K, m, n, L) patches in random order, T visible
+  x^1; m            orders; --masks            (K, m, n, L) order of the L patches, T are visible
   support, query    [:half], [half:]           the first and the last m / 2 masks
   f_theta           autoencoder                encoder and decoder
-  z_j               Z                          (K, m, n, 1 + T, d) tokens, mean 0, norm sqrt(d)
-  S                 S                          (d + 1, d) mean over covariance of all tokens
+  z_j               Z                          (K, m, n, 1 + T, d) tokens, mean 0, norm sqrt(d);
+                                               d: the decoder's width
+  S                 S                          (d + 1, d) mean, then covariance, of all tokens
   f_v, V            factor_net, V              (d, n_f) columns: factors shared by all tasks
   f_w, W_j          weight_net, W              (..., n_f) weights of one token
   f_w(z_j) V^T      z_hat                      (..., d) goes to the decoder, scaled back
@@ -40,12 +41,14 @@ compute | `--inner-lr 0` no inner loop | `--without calibration` plain first-ord
 Result (results/mae.md): at CPU scale TC2 trains, and does not beat MAE at equal images or at equal
 compute; not run at ImageNet scale.
 
-Deviations from the papers (evidence in results/mae.md), beside (1), (2), (5), (6) of simclr_tc2.py:
-(7) Tokens are calibrated one by one, not the image's vector: the decoder has to see z_hat.
-(8) Tokens are standardised before calibration and scaled back after it. (9) L_sse is MAE's mean,
-the sum over its number of pixels. (10) The whole image is the target, not in the support set: it
-has no masked patch. (11) f_v and f_w learn through the decoder as it is. (12) On 8 x 8 patches the
-frequencies of the positions end at 1 / 30, not at 1e-4. (13) Raw pixels as target on drawn shapes.
+Deviations from the papers (evidence in results/mae.md). As in simclr_tc2.py: (1) V is orthonormal
+by QR. (2) f_w has a skip path z V. (5) Eq. 7 is first order by default. (6) Eqs. 1-2 are means.
+(7) n_f = d / 2. Here alone: (8) Tokens are calibrated one by one, not the image's vector: the
+decoder has to see z_hat. (9) Tokens are standardised before calibration and scaled back after it.
+(10) L_sse is MAE's mean, the sum divided by the number of pixels. (11) The whole image is the
+target, not in the support set: it has no masked patch. (12) f_v and f_w learn through the decoder
+as it is. (13) On 8 x 8 patches the frequencies of the positions end near 1 / 30, not near 1e-4.
+(14) Raw pixels as target on drawn shapes.
 """
 import argparse
 import contextlib
@@ -80,7 +83,7 @@ IMAGENET = {**WEAK, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 AUGMENTATION = {"shapes": WEAK, "small": WEAK, "imagenet": IMAGENET}
 
 # imagenet: MAE Appendix A, lr = 1.5e-4 per 256 images. The others are ours; small is untried at
-# this length. masks and tasks are TC2's, the baseline has one of each.
+# this length. masks and tasks: the paper has 4 tasks, m is ours; the baseline has one of each.
 RECIPES = {
     "shapes": {"arch": "vit_micro", "epochs": 6, "batch_size": 16, "lr": 2e-3,
                "weight_decay": 0.05, "warmup_epochs": 0.5, "eval_every": 2, "patch_size": 4,
@@ -112,26 +115,31 @@ def unpatchify(patches, p, size):
 
 
 def visible_patches(patches, mask_ratio):
-    """T, the number of patches that the encoder sees."""
+    """T, the number of patches that the encoder sees, of `patches` in all."""
     return round(patches * (1 - mask_ratio))
 
 
-def random_masks(m, n, patches, generator):
+def random_masks(m, n, L, generator):
     """Masks (m, n, L): per mask and image a random order of the L patches, the first T are visible.
 
     [MAE Section 3]"""
-    return torch.rand(m, n, patches, generator=generator).argsort(-1)
+    return torch.rand(m, n, L, generator=generator).argsort(-1)
 
 
 def draw_masks(args, n, progress, device):
     """Masks (m, n, L) of this process's n images: a function of seed and progress alone.
 
     They are drawn for the joined batch of all processes, each takes its share."""
-    patches = (args.image_size // args.patch_size) ** 2
-    g = rng(args.seed, "masks", progress)
-    orders = random_masks(args.masks, n * world_size(), patches, g)
+    L = (args.image_size // args.patch_size) ** 2
+    generator = rng(args.seed, "masks", progress)
+    orders = random_masks(args.masks, n * world_size(), L, generator)
     first = this_rank() * n
     return to_device(orders[:, first:first + n], device)
+
+
+def take_patches(patches, which):
+    """The rows `which` (..., T) of patches (..., L, c): (..., T, c)."""
+    return patches.gather(-2, which[..., None].expand(*which.shape, patches.shape[-1]))
 
 
 def this_rank():
@@ -183,7 +191,7 @@ class Encoder(nn.Module):
     """ViT with a class token and fixed positions.
 
     With `visible` it gives the tokens of these patches; without, the features of evaluation (n, d),
-    the mean over the tokens of all patches. [MAE Section 3]"""
+    the mean over the tokens of all patches. d: here the encoder's width. [MAE Section 3]"""
     def __init__(self, image_size, patch_size, dim, depth, heads, position_base=1e4):
         super().__init__()
         self.patch_size = patch_size
@@ -212,11 +220,6 @@ class Encoder(nn.Module):
         return self.tokens(x, visible)
 
 
-def take_patches(patches, which):
-    """Rows which (..., T) of patches (..., L, c) -> (..., T, c)."""
-    return patches.gather(-2, which[..., None].expand(*which.shape, patches.shape[-1]))
-
-
 class Decoder(nn.Module):
     """`embed`: encoder tokens -> (..., d), what TC2 calibrates; `forward` predicts every patch.
 
@@ -235,20 +238,22 @@ class Decoder(nn.Module):
     def forward(self, t, order):
         """Tokens t (n, 1 + T, d) of the class and of the patches order[:, :T]; order (n, L)
         -> patches (n, L, 3 p p). A mask token stands in for each patch that is not visible."""
-        masked = order.shape[1] - (t.shape[1] - 1)
-        mask_tokens = self.mask_token.to(t.dtype).expand(len(t), masked, -1)
+        L, T = order.shape[1], t.shape[1] - 1
+        mask_tokens = self.mask_token.to(t.dtype).expand(len(t), L - T, -1)
         shuffled = torch.cat([t[:, 1:], mask_tokens], dim=1)
 
         place = order.argsort(1)                        # where in `order` each patch stands
         full = take_patches(shuffled, place) + self.positions
         full = torch.cat([t[:, :1], full], dim=1)
-        return self.predict(self.norm(self.blocks(full))[:, 1:])
+        full = self.norm(self.blocks(full))
+        return self.predict(full[:, 1:])
 
 
 class MaskedAutoencoder(nn.Module):
     """f_theta: encoder and decoder, over m masks of every image at once. [MAE Section 3]
 
-    x (..., n, 3, H, W), orders (..., m, n, L) of which the first `visible` patches are seen."""
+    x (..., n, 3, H, W), orders (..., m, n, L) of which the first T patches are seen; `visible` is
+    T, a number."""
     def __init__(self, nets, visible, bf16):
         super().__init__()
         self.backbone = nets["backbone"]
@@ -282,12 +287,14 @@ def not_bfloat16(x):
 
 
 def build_nets(args):
-    """Encoder, decoder and f_v, f_w; the autoencoder's weights are drawn first. [MAE Section 3]"""
+    """Encoder, decoder and f_v, f_w, drawn last: --baseline starts from the same autoencoder.
+
+    [MAE Section 3]"""
     dim, depth, heads = ARCHS[args.arch]
     decoder_dim, decoder_depth = DECODERS[args.arch]
-    grid = (args.image_size, args.patch_size)
-    encoder = Encoder(*grid, dim, depth, heads, args.position_base)
-    decoder = Decoder(*grid, dim, decoder_dim, decoder_depth, args.position_base)
+    sizes = (args.image_size, args.patch_size)
+    encoder = Encoder(*sizes, dim, depth, heads, args.position_base)
+    decoder = Decoder(*sizes, dim, decoder_dim, decoder_depth, args.position_base)
     nets = nn.ModuleDict({"backbone": encoder, "decoder": decoder})
     if not args.baseline:
         orthogonal = "qr" not in args.without
@@ -329,15 +336,16 @@ def target_patches(x, args):
 def reconstruction_loss(predicted, target, order, visible):
     """Mean squared error over the pixels of the masked patches, order[..., visible:] -> scalar.
 
-    predicted (..., n, L, 3 p p), target (n, L, 3 p p), order (..., n, L).
+    predicted (..., n, L, 3 p p), target (n, L, 3 p p), order (..., n, L); visible: T, a number.
     [MAE Section 3] [TC2 Eqs. 4-7]"""
     masked = order[..., visible:]
-    error = take_patches(predicted, masked) - take_patches(target.expand_as(predicted), masked)
+    target = target.expand_as(predicted)
+    error = take_patches(predicted, masked) - take_patches(target, masked)
     return error.square().mean()
 
 
 def mae_step(autoencoder, opt, x, orders, args):
-    """One step of MAE on m masks of each image, m = 1 is the paper's. [MAE Section 3]
+    """One step of MAE on m masks of each image; the MAE paper has m = 1. [MAE Section 3]
 
     x (n, 3, H, W), orders (m, n, L)."""
     predicted = autoencoder.decode(autoencoder.embed(x, orders), orders)
@@ -350,6 +358,7 @@ def mae_step(autoencoder, opt, x, orders, args):
     return {"loss_ssl": loss.detach()}
 
 
+# ---- TC2 -----------------------------------------------------------------------------------------
 # -- shared: tc2 --
 def batch_summary(z):
     """S (d + 1, d): the mean over the covariance of all M rows of z (..., d), over all processes.
@@ -524,17 +533,18 @@ def calibrated_tokens(t, V, weight_net):
 
 # ---- one step ------------------------------------------------------------------------------------
 def train_step(nets, opts, views, args, progress):
-    """One step, optimisers included: views (1, n, 3, H, W) of this process -> terms to log.
+    """One step, optimisers included: views (1, K n, 3, H, W) of this process -> terms to log.
 
     loss_query     L_sse of Eq. 7, the error of the query masks at theta_k
     loss_support   error of the support masks before the inner step
     loss_ssl       of the baseline: the error of its masks
-    inner_step     length of an inner step beside the weights; one of 0.004 cost a point
+    inner_step     length of the last task's inner step over that of the weights; one of 0.004 cost
+                   a point
     loss_v, loss_w Eqs. 1 and 2; loss_factors_*: the first terms of Eqs. 4 and 5
 
     progress, the share of the training done, chooses the masks. [TC2 Algorithm 1]"""
     x = views[0]
-    orders = draw_masks(args, len(x), progress, x.device)       # (m, n, L), for all of this step
+    orders = draw_masks(args, len(x), progress, x.device)       # (m, K n, L), for all of this step
     T = visible_patches(orders.shape[-1], args.mask_ratio)
     autoencoder = MaskedAutoencoder(nets, T, args.bf16)
     if args.baseline:
@@ -551,7 +561,8 @@ def train_step(nets, opts, views, args, progress):
         Z, mean, std = token_scale(t)                           # (K, m, n, 1 + T, d)
     S = batch_summary(Z)
 
-    # Line 4, Eqs. 4 and 5: f_theta is fixed. z_hat (m, n, 1 + T, d) goes through its decoder.
+    # Line 4, Eqs. 4 and 5: f_theta is fixed, z_hat goes through its decoder. For task k
+    # support_error gets (m / 2, n, 1 + T, d), query_error all m masks, of which it takes its half.
     def support_error(z_hat, k):
         t = mean[k, :half] + std[k, :half] * z_hat
         predicted = autoencoder.decode(t, orders[k, :half])
@@ -582,15 +593,17 @@ def train_step(nets, opts, views, args, progress):
             theta_k = theta
             if args.inner_lr:
                 predicted = autoencoder(x, order[:half], calibrated)
-                loss = reconstruction_loss(predicted, target, order[:half], T)
-                theta_k = inner_step(theta, loss, args.inner_lr, args.second_order)
-                support_losses.append(loss.detach())
+                support_loss = reconstruction_loss(predicted, target, order[:half], T)
+                theta_k = inner_step(theta, support_loss, args.inner_lr, args.second_order)
+                support_losses.append(support_loss.detach())
 
+            # The autoencoder with the weights theta_k.
             inputs = (x, order[half:], calibrated)
             predicted = functional_call(autoencoder, theta_k, inputs, tie_weights=False)
-            loss = reconstruction_loss(predicted, target, order[half:], T)
-            add_gradient(theta, loss / K, theta if args.second_order else theta_k)
-            query_losses.append(loss.detach())
+            query_loss = reconstruction_loss(predicted, target, order[half:], T)
+            at = theta if args.second_order else theta_k
+            add_gradient(theta, query_loss / K, at)
+            query_losses.append(query_loss.detach())
 
     found = {"loss_query": torch.stack(query_losses).mean()}
     if args.inner_lr:
@@ -614,10 +627,11 @@ def diagnose(nets, views, args):
     """The last batch under one mask each, at the present weights: terms to log.
 
     rank_z, rank_z_hat   effective rank of all tokens; not falling to a few
-    cos_z_hat            how far calibration moves a token
+    cos_z_hat            cosine of a token before and after calibration; 1 = not moved
     loss_*               errors of the rows of reconstructions.png, which is drawn here: eight
                          images, masked, reconstructed, and reconstructed from calibrated tokens"""
     x = views[0]
+    # Progress -1, which no step has: the same masks at every evaluation.
     orders = draw_masks(args, len(x), -1, x.device)[:1]                 # (1, n, L)
     T = visible_patches(orders.shape[-1], args.mask_ratio)
     autoencoder = MaskedAutoencoder(nets, T, args.bf16)
@@ -646,8 +660,8 @@ def diagnose(nets, views, args):
 
 
 def draw_reconstructions(x, masked, predictions, args):
-    """reconstructions.png: images x (n, 3, S, S), their masked patches (n, L - T) left out, and
-    filled in by each of predictions {name: (1, n, L, 3 p p)}."""
+    """reconstructions.png, rows of images: x (n, 3, size, size), x without its masked patches
+    (n, L - T), and x with these filled in from each of predictions {name: (1, n, L, 3 p p)}."""
     patches = patchify(x, args.patch_size)
     hidden = torch.zeros_like(patches[..., :1]).scatter_(1, masked[..., None], 1)
     rows = {"original": patches, "masked": patches * (1 - hidden)}
@@ -659,8 +673,9 @@ def draw_reconstructions(x, masked, predictions, args):
 
     recipe = WEAK if args.image_size <= SMALL else IMAGENET
     pictures = {}
-    for name, patches in rows.items():
-        pictures[name] = denormalize(unpatchify(patches, args.patch_size, args.image_size), recipe)
+    for name, row in rows.items():
+        images = unpatchify(row, args.patch_size, args.image_size)
+        pictures[name] = denormalize(images, recipe)
     draw_grid(f"{args.out}/reconstructions.png", pictures)
 
 
