@@ -1,8 +1,8 @@
 """BYOL with the self-motivated target of GeSSL: one file, read beside the papers.
 
 BYOL predicts the slowly moving average of its own embedding of the other view. GeSSL calls each
-mini-batch a task, "tell N images apart", lets the network take K + lambda gradient steps on it, and
-moves the start so that after K steps the network already answers as it would lambda steps later.
+mini-batch a task: tell N images apart. The network takes K + lambda gradient steps on it, and the
+start moves so that after K steps the network already answers as it would lambda steps later.
 That gradient runs through the inner steps; here are five ways to take it.
 
   BYOL    Grill et al. 2020, arXiv 2006.07733: Eqs. 1-2, Section 3.3 on the moving average
@@ -11,14 +11,14 @@ That gradient runs through the inner steps; here are five ways to take it.
 
 One step, [GeSSL Algorithm 1]:
   sample M mini-batches of N images, two views each                 lines 1-4
-  for each of these tasks, from theta:                              line 5
-    K steps of        theta <- theta - alpha grad l(theta)          lines 6-9    Eq. 2
+  for each of these tasks, from theta_0 = theta:                    line 5
+    K steps of theta_k+1 = theta_k - alpha grad l(theta_k)          lines 6-9    Eq. 2
     lambda more, to the self-motivated target                       lines 11-14  Eq. 2
     L = KL(pi(target) | pi(theta_K)), the target fixed              lines 10, 15 Eq. 3
-  theta <- theta - beta mean_l grad L(theta_K(theta))               line 17      Eq. 4
+  theta <- theta - beta mean over tasks of grad L(theta_K(theta))   line 17      Eq. 4
 
   paper                  here                       shape, meaning
-  X_tr,l^aug; M (n), N   x; --tasks, --batch-size   (2, N, 3, H, W): one task, both views
+  X_tr,l^aug; M, N       x; --tasks, --batch-size   (2, N, 3, H, W): one task; n in G.5 is M
   f_theta                theta                      (P,) backbone, projector, predictor, end to end
   f_theta^{l,K}          theta_K, trajectory[-1]    (P,) after K (--inner-steps) steps
   f_theta^{l,K+lambda}   target                     (P,) lambda (--target-steps) steps later
@@ -62,7 +62,7 @@ from common import (Log, average_gradients, base_parser, batch_stats_only, check
 
 SCRIPT = "byol_gessl"
 SOLVER_TERMS = 5        # highest power of the Neumann series; iterations of conjugate gradients
-FD_LENGTH = 0.03        # of the finite difference, in weights; shorter is worse in ReLU networks
+FD_LENGTH = 0.03        # ||e v|| of the finite difference; shorter is worse in ReLU networks
 
 # A recipe for each of the two views. jitter: brightness, contrast, saturation, hue.
 # imagenet: BYOL's asymmetric pair [BYOL Appendix B]. GeSSL's Appendix C says "the same data
@@ -109,7 +109,7 @@ def mlp(inputs, hidden, outputs):
 
 
 def build_nets(args):
-    """Backbone, projector, predictor and target, xi in the paper: a copy of the first two that no
+    """Backbone, projector, predictor and target, xi in BYOL: a copy of the first two that no
     gradient reaches. [BYOL Section 3.1]"""
     backbone, feature_dim = make_backbone(args.arch, args.image_size)
     projector = mlp(feature_dim, args.hidden, args.dim)
@@ -120,7 +120,7 @@ def build_nets(args):
 
 
 def online_network(nets):
-    """What is trained: images -> p."""
+    """What is trained: images -> p. [:2] of it, without the predictor, is what xi averages."""
     return nn.Sequential(nets["backbone"], nets["projector"], nets["predictor"])
 
 
@@ -131,6 +131,11 @@ def build_opts(nets, args):
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     return {"encoder": torch.optim.AdamW(groups, args.lr, fused=True)}
+
+
+def channels_last(p):
+    """A kernel (out, in, h, w) as (out, h, w, in); any other parameter as it is."""
+    return p.movedim(1, -1) if p.ndim == 4 else p
 
 
 def flatten(net):
@@ -152,11 +157,6 @@ def unflatten(theta, net):
     return found
 
 
-def channels_last(p):
-    """A kernel (out, in, h, w) as (out, h, w, in); any other parameter as it is."""
-    return p.movedim(1, -1) if p.ndim == 4 else p
-
-
 def set_gradient(net, gradient):
     """.grad of every parameter of a net, in its own memory format, from a vector (P,)."""
     parts = unflatten(gradient, net)
@@ -168,7 +168,7 @@ def embed(net, x, args, theta=None):
     """Outputs (..., d) of images x (..., 3, H, W), never in bfloat16.
 
     theta (P,): weights in place of the net's own."""
-    # channels_last: faster convolutions, on a GPU and on a CPU.
+    # All images in one batch (B, 3, H, W). channels_last: faster convolutions, on GPU and CPU.
     images = x.flatten(0, -4).contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
         if theta is None:
@@ -207,7 +207,7 @@ def ema_update(target, online, decay):
 
 
 def byol_step(nets, opts, views, args, progress):
-    """One step of BYOL, views as in `train_step`. [BYOL Algorithm 1]"""
+    """One step of BYOL, views (2, n, 3, H, W) of this process. [BYOL Algorithm 1]"""
     online = online_network(nets)
     with torch.no_grad():
         z_target = embed(nets["target"], views, args)       # (2, n, d)
@@ -331,8 +331,8 @@ def conjugate_gradient(hvp, v, iterations=SOLVER_TERMS):
     """x with (I + A) x = v for hvp(u) = A u, from x = 0. [GeSSL Eq. 20]
 
     Returns x, the largest ||A p|| / ||p|| met, and whether a direction p had p (I + A) p <= 0.
-    There it stops, with x = v if that is the first one. The later steps then have length 0: to
-    leave the loop, the host would have to wait for the GPU."""
+    There it stops, with x = v if that is the first one: the steps left have length 0, since to
+    leave the loop the host would have to wait for the GPU."""
     x = torch.zeros_like(v)
     r = v                                                   # residual v - (I + A) x
     p = v
@@ -341,21 +341,22 @@ def conjugate_gradient(hvp, v, iterations=SOLVER_TERMS):
     negative = ~going
     for i in range(iterations):
         Ap = hvp(p)
-        q = p + Ap
+        q = p + Ap                                          # (I + A) p
         growth = torch.maximum(growth, going * Ap.norm() / p.norm().clamp(min=1e-30))
 
         # At r = 0 it has converged: p = 0 too, which is no negative curvature.
         rr = torch.dot(r, r)
-        curvature = torch.dot(p, q)
-        negative = negative | (going & (curvature <= 0) & (rr > 0))
-        going = going & (curvature > 0)
+        pq = torch.dot(p, q)
+        negative = negative | (going & (pq <= 0) & (rr > 0))
+        going = going & (pq > 0)
         if i == 0:
             x = torch.where(negative, v, x)
 
-        step = torch.where(going, rr / curvature, 0)
+        step = torch.where(going, rr / pq, 0)
         x = x + step * p
         r = r - step * q
-        p = r + torch.where(rr > 0, torch.dot(r, r) / rr, 0) * p
+        ratio = torch.where(rr > 0, torch.dot(r, r) / rr, 0)
+        p = r + ratio * p
     return x, growth, negative.to(v.dtype)
 
 
@@ -382,6 +383,7 @@ def hypergradient(mode, outer, task, trajectory, gradients, alpha, terms=SOLVER_
         v, = torch.autograd.grad(outer, trajectory[0])
         return v, curvature, negative
 
+    # first-order returns this v as it is.
     v, = torch.autograd.grad(outer, theta_K)
     if mode == "fd":
         for k in reversed(range(K)):
@@ -391,10 +393,10 @@ def hypergradient(mode, outer, task, trajectory, gradients, alpha, terms=SOLVER_
             v = v - alpha * Hv
 
     if mode in ("neumann", "cg"):
-        hessian = exact_hvp(task, theta_K)
+        hvp = exact_hvp(task, theta_K)
 
         def scaled_hvp(u):
-            return K * alpha * hessian(u)
+            return K * alpha * hvp(u)
 
         if mode == "neumann":
             v, curvature = neumann(scaled_hvp, v, terms)
@@ -407,11 +409,12 @@ def gessl_task(task, theta, inner_steps, target_steps, alpha, hypergrad="fd", lo
                outer="kl"):
     """One task from theta (P,): (outer gradient, SSL gradient, terms). [GeSSL Algorithm 1]
 
-    task(theta) -> (loss, logits of pi (.., N)). theta is left alone."""
-    # Lines 6-9: K steps. The first one is the only call of task with theta itself.
+    task(theta) -> (loss, logits of pi (.., N)). theta is left alone. outer: kind of `outer_loss`"""
+    # Lines 6-9: K steps. The first one is the only call of task with theta itself (`byol_task`).
     unroll = hypergrad == "exact" and not lookahead
     trajectory = [theta]
-    losses, gradients = [], []
+    losses = []                                             # losses[k]: l at theta_k
+    gradients = []
     for _ in range(inner_steps):
         theta_k, loss, gradient = inner_step(task, trajectory[-1], alpha, unroll)
         trajectory.append(theta_k)
@@ -432,7 +435,8 @@ def gessl_task(task, theta, inner_steps, target_steps, alpha, hypergrad="fd", lo
     terms = {"loss_ssl": losses[0], "loss_ssl_inner": losses[inner_steps],
              "loss_ssl_target": losses[-1]}
 
-    # Eq. 22 in place of Eqs. 3-4: along the line from theta to the target.
+    # Eq. 22 in place of Eqs. 3-4: along the line from theta to the target. The quotient is the sum
+    # of the K + lambda gradients on the way.
     if lookahead:
         return (theta - target).detach() / alpha, gradients[0], terms
 
@@ -476,9 +480,9 @@ def train_step(nets, opts, views, args, progress):
     entropy_pi       of the target's softmax over log N; at 1 pi is uniform, the KL teaches nothing
     curvature        largest alpha ||H v|| / ||v|| that the hypergradient met, a lower bound, the
                      mean over tasks; below 1
-    negative_curvature  share of tasks where conjugate gradients stopped for it; 0
-    std_z            spread of z' over directions; near 1, 0 = collapsed
-    cos_outer_ssl    angle of the hypergradient to BYOL's gradient; outer_to_ssl: their lengths
+    negative_curvature  share of tasks where conjugate gradients stopped for it; should be 0
+    std_z            spread of z' over directions; near 1 is good, 0 = collapsed
+    cos_outer_ssl    cosine of the hypergradient and BYOL's; outer_to_ssl: ratio of their lengths
 
     progress in [0, 1]: the share of the training done."""
     if args.baseline:
@@ -491,8 +495,8 @@ def train_step(nets, opts, views, args, progress):
     tasks = views.unflatten(1, (M, -1)).transpose(0, 1)         # (M, 2, N, 3, H, W)
 
     # Lines 5-16, task after task, each from theta.
-    outer = torch.zeros_like(theta)
-    ssl = torch.zeros_like(theta)
+    outer_gradient = torch.zeros_like(theta)
+    ssl_gradient = torch.zeros_like(theta)
     found = []
     for x in tasks:
         with torch.no_grad():
@@ -501,14 +505,14 @@ def train_step(nets, opts, views, args, progress):
         outer_l, ssl_l, terms = gessl_task(task, theta, args.inner_steps, args.target_steps,
                                            args.inner_lr, args.hypergrad, args.lookahead,
                                            args.outer_loss)
-        outer += outer_l / M
-        ssl += ssl_l / M
+        outer_gradient += outer_l / M
+        ssl_gradient += ssl_l / M
         found.append(terms)
 
     # Line 17, Eq. 4, with AdamW for the descent.
-    gradient = outer
+    gradient = outer_gradient
     if not args.lookahead:
-        gradient = outer + args.ssl_weight * ssl
+        gradient = outer_gradient + args.ssl_weight * ssl_gradient
     set_gradient(online, gradient)
     average_gradients(online.parameters())
     opts["encoder"].step()
@@ -521,9 +525,11 @@ def train_step(nets, opts, views, args, progress):
     for name in found[0]:
         terms[name] = torch.stack([of_task[name] for of_task in found]).mean()
     terms["std_z"] = embedding_std(z_target[0])
-    product = (outer.norm() * ssl.norm()).clamp(min=1e-30)
-    terms["cos_outer_ssl"] = torch.dot(outer, ssl) / product
-    terms["outer_to_ssl"] = outer.norm() / ssl.norm().clamp(min=1e-30)
+    outer_norm = outer_gradient.norm()
+    ssl_norm = ssl_gradient.norm()
+    product = (outer_norm * ssl_norm).clamp(min=1e-30)
+    terms["cos_outer_ssl"] = torch.dot(outer_gradient, ssl_gradient) / product
+    terms["outer_to_ssl"] = outer_norm / ssl_norm.clamp(min=1e-30)
     return terms
 
 
@@ -531,7 +537,7 @@ def train_step(nets, opts, views, args, progress):
 def curvature_probe(task, theta, iterations=10):
     """About the largest |eigenvalue| of the Hessian of l at theta (P,), by power iteration.
 
-    Eq. 2 descends while alpha times it is below 2."""
+    Eq. 2 descends while alpha times it is below 2; above 1 it overshoots the minimum."""
     hvp = exact_hvp(task, theta)
     v = torch.ones_like(theta)
     for _ in range(iterations):

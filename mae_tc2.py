@@ -361,9 +361,9 @@ def mae_step(autoencoder, opt, x, orders, args):
 # ---- TC2 -----------------------------------------------------------------------------------------
 # -- shared: tc2 --
 def batch_summary(z):
-    """S (d + 1, d): the mean over the covariance of all M rows of z (..., d), over all processes.
+    """S (d + 1, d): the mean in row 0, the covariance below it, of the M rows of z (..., d).
 
-    [TC2 before Eq. 1]"""
+    The rows of all processes count. [TC2 before Eq. 1]"""
     z = z.detach().flatten(0, -2)
     M = len(z) * world_size()
     mean = all_reduce_sum(z.sum(0)) / M
@@ -382,11 +382,12 @@ class FactorNet(nn.Module):
     """f_v: S (d + 1, d) -> V (d, n_f). [TC2 question i]
 
     Each column of S, a dimension's mean and covariances, gives a row of V; then QR makes the
-    columns orthonormal. A network of the flattened S would have 134M parameters at d = 512, this
-    one has 0.3M."""
+    columns orthonormal. A network of the flattened S would have 134M parameters at d = n_f = 512,
+    this one has 0.3M."""
     def __init__(self, dim, n_factors, orthogonal=True, hidden=256):
         super().__init__()
         self.mlp = mlp(dim + 1, hidden, n_factors)
+        # More columns than rows cannot be orthonormal.
         self.orthogonal = orthogonal and n_factors <= dim
 
     def forward(self, S):
@@ -447,24 +448,26 @@ def mean_over_tasks(loss_fn, z_hat):
         z = z_hat[k].detach().requires_grad_()
         loss = loss_fn(z, k) / K
         value = value + loss.detach()
-        gradients += torch.autograd.grad(loss, z)
+        gradient, = torch.autograd.grad(loss, z)
+        gradients.append(gradient)
     linear = (z_hat * torch.stack(gradients)).sum()
     return value + linear - linear.detach()
 
 
-def update_factors(nets, opt, Z, S, support_loss, query_loss, lambda_v, lambda_s):
+def update_factors(nets, opt, Z, S, on_support, on_query, lambda_v, lambda_s):
     """Stage 1, f_theta fixed: a step of f_v and f_w on the support, one on the query views.
 
-    Z (K, m, n, ..., d) embeddings without graph; S (d + 1, d); support_loss(z_hat, k) sees the
-    calibrated support views of task k, query_loss(z_hat, k) all its views. L_v + lambda_s L_w is
-    Eq. 3; lambda_v = 1 but for an ablation. [TC2 Eqs. 3-5]"""
+    Z (K, m, n, ..., d) embeddings without graph; S (d + 1, d); on_support(z_hat, k) is the loss of
+    the calibrated support views of task k, on_query(z_hat, k) sees all its views. L_v + lambda_s
+    L_w is Eq. 3: L_v of all views in both steps, as in Eq. 1, L_w of the views of the step.
+    lambda_v = 1 but for an ablation. [TC2 Eqs. 3-5]"""
     factor_net, weight_net = nets["factor_net"], nets["weight_net"]
     half = Z.shape[1] // 2
 
     # Eq. 4: a step on the support views.
     V = factor_net(S)
     W = weight_net(Z[:, :half], V)
-    loss_support = mean_over_tasks(support_loss, W @ V.T)
+    loss_support = mean_over_tasks(on_support, W @ V.T)
     loss_v = factor_loss(Z, V)
     loss_w = weight_loss(Z[:, :half], W, V)
     take_step(opt, loss_support + lambda_v * loss_v + lambda_s * loss_w)
@@ -472,7 +475,7 @@ def update_factors(nets, opt, Z, S, support_loss, query_loss, lambda_v, lambda_s
     # Eq. 5: a step on the query views, at f'_v and f'_w. It does not differentiate through Eq. 4.
     V = factor_net(S)
     W = weight_net(Z, V)
-    loss_query = mean_over_tasks(query_loss, W @ V.T)
+    loss_query = mean_over_tasks(on_query, W @ V.T)
     loss_v = factor_loss(Z, V)
     loss_w = weight_loss(Z[:, half:], W[:, half:], V)
     take_step(opt, loss_query + lambda_v * loss_v + lambda_s * loss_w)
@@ -492,6 +495,7 @@ def inner_step(theta, loss, beta_1, second_order=False):
     """theta_k = theta - beta_1 grad loss(theta), for theta {name: tensor}. [TC2 Eq. 6]
 
     First order: theta_k are new leaves. Second order: they are functions of theta."""
+    # materialize_grads: zeros for a parameter that the loss does not use.
     grads = torch.autograd.grad(loss, list(theta.values()), create_graph=second_order,
                                 materialize_grads=True)
     theta_k = {name: p - beta_1 * g for (name, p), g in zip(theta.items(), grads)}
@@ -501,9 +505,10 @@ def inner_step(theta, loss, beta_1, second_order=False):
 
 
 def add_gradient(theta, loss, theta_k):
-    """theta's .grad += the gradient of loss(theta_k), with respect to theta_k. [TC2 Eq. 7]
+    """theta's .grad += the gradient of `loss` with respect to theta_k. [TC2 Eq. 7]
 
-    With theta_k = theta, after a second-order inner step, it goes on through Eq. 6."""
+    That is first order. Second order: pass theta in the place of theta_k; if `inner_step` kept its
+    graph, the gradient then goes on through Eq. 6 to theta."""
     grads = torch.autograd.grad(loss, list(theta_k.values()), materialize_grads=True)
     for p, g in zip(theta.values(), grads):
         p.grad = g if p.grad is None else p.grad + g

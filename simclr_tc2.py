@@ -11,7 +11,7 @@ so that what one task learns does not disturb another's.
 
 One step, [TC2 Algorithm 1]:
   split the batch into K tasks of n images, m views each                       lines 2-3
-  Z = f_theta(X), S = summary(Z)
+  Z = f_theta(X), S = mean and covariance of Z
   f_v, f_w <- a step on the support views, then one on the query views         line 4   Eqs. 4, 5
   theta_k  <- theta - beta_1 grad L_support(theta)           for each task     line 5   Eq. 6
   theta    <- theta - beta_2 mean_k grad L_query(theta_k)                      line 5   Eq. 7
@@ -20,16 +20,16 @@ One step, [TC2 Algorithm 1]:
   X_tr; K, m        tasks; --tasks, --views    (K, m, n, 3, H, W): this process's tasks
   support, query    [:half], [half:]           the first and the last m / 2 views (views are i.i.d.)
   f_theta, z_j      embed, Z                   (K, m, n, d) backbone and projector, norm sqrt(d)
-  S                 S                          (d + 1, d) mean over covariance of the joined batch
+  S                 S                          (d + 1, d) mean above covariance, of all processes
   f_v, V            factor_net, V              (d, n_f) columns: factors shared by all tasks
-  f_w, W_j          weight_net, W              (..., n_f) weights of one sample
+  f_w, W_j          weight_net, W              (..., n_f) f_w(z_j), weights of one sample
   f_w(z_j) V^T      z_hat                      (..., d) the calibrated embedding
   alpha_1..4        TC2_LR                     one Adam for f_v and f_w
   beta_1, beta_2    --inner-lr, --lr           plain gradient descent, Adam
 
   python simclr_tc2.py                                            drawn shapes, a minute on a laptop
   python simclr_tc2.py --data /imagenet100                        one GPU; plain SimCLR: --baseline
-  torchrun --nproc-per-node 4 simclr_tc2.py --data /imagenet100   whole tasks: 8 need --tasks 8
+  torchrun --nproc-per-node 4 simclr_tc2.py --data /imagenet100   whole tasks; 8 GPUs: --tasks 8
 
 Controls: `--baseline --views 4` SimCLR at equal views | `--inner-lr 0` no inner loop |
 `--without calibration` plain first-order MAML | `--baseline --tasks 2 --views 2` the paper's
@@ -40,10 +40,11 @@ equal compute; not run at ImageNet scale.
 
 Deviations from the paper (evidence in results/tc2.md; --literal undoes the first four):
 (1) V is orthonormal by QR, not by the penalty alone. (2) f_w has a skip path z V. (3) z has norm
-sqrt(d): at unit norm Eq. 2 makes W = 0. (4) The query error is that of the implicit N-way
-classification: the squared distance of views collapses. (5) Eq. 7 is first order by default.
-(6) Eqs. 1-2 are means over samples. (7) n_f = d / 2: with n_f = d, the paper's best (Table 9), an
-orthonormal V is square, V V^T = I, and Eq. 1 is zero whatever f_v does.
+sqrt(d): at unit norm Eq. 2 makes W = 0. (4) The query error is that of the implicit n-way
+classification of a task: the squared distance of views collapses. (5) Eq. 7 is first order by
+default. (6) Eqs. 1-2 are means over samples, Eq. 7 over tasks. (7) n_f = d / 2: with n_f = d, the
+paper's best (Table 9), an orthonormal V is square, V V^T = I, and Eq. 1 is zero whatever f_v does.
+Below Eq. 2 the paper prints W_j = f_w(z_j) V^T; that has d entries, not n_f, so W_j = f_w(z_j).
 """
 import sys
 
@@ -90,9 +91,9 @@ LIMITS = {"inner_step": (0.1, "the inner step is long beside the weights, it har
 
 # ---- model ---------------------------------------------------------------------------------------
 def build_nets(args):
-    """Backbone, linear projector and f_v, f_w; the encoder's weights are drawn first.
+    """Backbone, linear projector and f_v, f_w. [TC2 Appendix IV]
 
-    [TC2 Appendix IV]"""
+    The encoder's weights are drawn first: --baseline starts from the same ones."""
     backbone, feature_dim = make_backbone(args.arch, args.image_size)
     nets = nn.ModuleDict({"backbone": backbone, "projector": nn.Linear(feature_dim, args.dim)})
     if not args.baseline:
@@ -114,10 +115,10 @@ def build_opts(nets, args):
 
 
 def embed(encoder, x, args, theta=None):
-    """z (..., d) of images x (..., 3, H, W), never in bfloat16, of norm sqrt(d).
+    """z (..., d) of images x (..., 3, H, W), never in bfloat16; norm sqrt(d), or 1: --without norm.
 
     theta: {name: tensor} in place of the encoder's own parameters."""
-    # channels_last: faster convolutions, on a GPU and on a CPU.
+    # All images in one batch (B, 3, H, W). channels_last: faster convolutions, on GPU and CPU.
     images = x.flatten(0, -4).contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
         if theta is None:
@@ -143,16 +144,17 @@ def info_nce(z, temperature):
 
     similarity = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
     log_p = similarity.log_softmax(dim=1)
-    return -log_p.where(positive, 0).sum() / (m * (m - 1) * n)
+    n_positives = m * n * (m - 1)
+    return -log_p.where(positive, 0).sum() / n_positives
 
 
 def simclr_step(nets, opts, views, args):
-    """One step of SimCLR, views as in `train_step`. [SimCLR Algorithm 1]
+    """One step of SimCLR, views (m, n, 3, H, W) of this process. [SimCLR Algorithm 1]
 
     With --tasks K the loss is the mean over K groups of images: the paper's SimCLR+T."""
     encoder = nn.Sequential(nets["backbone"], nets["projector"])
     z = embed(encoder, views, args)                                 # (m, n, d)
-    groups = gather_batch(z, dim=1).chunk(args.tasks, dim=1)        # of the joined batch
+    groups = gather_batch(z, dim=1).chunk(args.tasks, dim=1)        # of all processes' images
     loss = sum(info_nce(group, args.temperature) for group in groups) / args.tasks
 
     opts["encoder"].zero_grad()
@@ -164,9 +166,9 @@ def simclr_step(nets, opts, views, args):
 
 # -- shared: tc2 --
 def batch_summary(z):
-    """S (d + 1, d): the mean over the covariance of all M rows of z (..., d), over all processes.
+    """S (d + 1, d): the mean in row 0, the covariance below it, of the M rows of z (..., d).
 
-    [TC2 before Eq. 1]"""
+    The rows of all processes count. [TC2 before Eq. 1]"""
     z = z.detach().flatten(0, -2)
     M = len(z) * world_size()
     mean = all_reduce_sum(z.sum(0)) / M
@@ -185,11 +187,12 @@ class FactorNet(nn.Module):
     """f_v: S (d + 1, d) -> V (d, n_f). [TC2 question i]
 
     Each column of S, a dimension's mean and covariances, gives a row of V; then QR makes the
-    columns orthonormal. A network of the flattened S would have 134M parameters at d = 512, this
-    one has 0.3M."""
+    columns orthonormal. A network of the flattened S would have 134M parameters at d = n_f = 512,
+    this one has 0.3M."""
     def __init__(self, dim, n_factors, orthogonal=True, hidden=256):
         super().__init__()
         self.mlp = mlp(dim + 1, hidden, n_factors)
+        # More columns than rows cannot be orthonormal.
         self.orthogonal = orthogonal and n_factors <= dim
 
     def forward(self, S):
@@ -250,24 +253,26 @@ def mean_over_tasks(loss_fn, z_hat):
         z = z_hat[k].detach().requires_grad_()
         loss = loss_fn(z, k) / K
         value = value + loss.detach()
-        gradients += torch.autograd.grad(loss, z)
+        gradient, = torch.autograd.grad(loss, z)
+        gradients.append(gradient)
     linear = (z_hat * torch.stack(gradients)).sum()
     return value + linear - linear.detach()
 
 
-def update_factors(nets, opt, Z, S, support_loss, query_loss, lambda_v, lambda_s):
+def update_factors(nets, opt, Z, S, on_support, on_query, lambda_v, lambda_s):
     """Stage 1, f_theta fixed: a step of f_v and f_w on the support, one on the query views.
 
-    Z (K, m, n, ..., d) embeddings without graph; S (d + 1, d); support_loss(z_hat, k) sees the
-    calibrated support views of task k, query_loss(z_hat, k) all its views. L_v + lambda_s L_w is
-    Eq. 3; lambda_v = 1 but for an ablation. [TC2 Eqs. 3-5]"""
+    Z (K, m, n, ..., d) embeddings without graph; S (d + 1, d); on_support(z_hat, k) is the loss of
+    the calibrated support views of task k, on_query(z_hat, k) sees all its views. L_v + lambda_s
+    L_w is Eq. 3: L_v of all views in both steps, as in Eq. 1, L_w of the views of the step.
+    lambda_v = 1 but for an ablation. [TC2 Eqs. 3-5]"""
     factor_net, weight_net = nets["factor_net"], nets["weight_net"]
     half = Z.shape[1] // 2
 
     # Eq. 4: a step on the support views.
     V = factor_net(S)
     W = weight_net(Z[:, :half], V)
-    loss_support = mean_over_tasks(support_loss, W @ V.T)
+    loss_support = mean_over_tasks(on_support, W @ V.T)
     loss_v = factor_loss(Z, V)
     loss_w = weight_loss(Z[:, :half], W, V)
     take_step(opt, loss_support + lambda_v * loss_v + lambda_s * loss_w)
@@ -275,7 +280,7 @@ def update_factors(nets, opt, Z, S, support_loss, query_loss, lambda_v, lambda_s
     # Eq. 5: a step on the query views, at f'_v and f'_w. It does not differentiate through Eq. 4.
     V = factor_net(S)
     W = weight_net(Z, V)
-    loss_query = mean_over_tasks(query_loss, W @ V.T)
+    loss_query = mean_over_tasks(on_query, W @ V.T)
     loss_v = factor_loss(Z, V)
     loss_w = weight_loss(Z[:, half:], W[:, half:], V)
     take_step(opt, loss_query + lambda_v * loss_v + lambda_s * loss_w)
@@ -295,6 +300,7 @@ def inner_step(theta, loss, beta_1, second_order=False):
     """theta_k = theta - beta_1 grad loss(theta), for theta {name: tensor}. [TC2 Eq. 6]
 
     First order: theta_k are new leaves. Second order: they are functions of theta."""
+    # materialize_grads: zeros for a parameter that the loss does not use.
     grads = torch.autograd.grad(loss, list(theta.values()), create_graph=second_order,
                                 materialize_grads=True)
     theta_k = {name: p - beta_1 * g for (name, p), g in zip(theta.items(), grads)}
@@ -304,9 +310,10 @@ def inner_step(theta, loss, beta_1, second_order=False):
 
 
 def add_gradient(theta, loss, theta_k):
-    """theta's .grad += the gradient of loss(theta_k), with respect to theta_k. [TC2 Eq. 7]
+    """theta's .grad += the gradient of `loss` with respect to theta_k. [TC2 Eq. 7]
 
-    With theta_k = theta, after a second-order inner step, it goes on through Eq. 6."""
+    That is first order. Second order: pass theta in the place of theta_k; if `inner_step` kept its
+    graph, the gradient then goes on through Eq. 6 to theta."""
     grads = torch.autograd.grad(loss, list(theta_k.values()), materialize_grads=True)
     for p, g in zip(theta.values(), grads):
         p.grad = g if p.grad is None else p.grad + g
@@ -332,9 +339,11 @@ def query_sse(query, anchors, temperature):
     """L_sse: query (v, n, d) classified among anchors (n, d), squared error of the softmax.
 
     [TC2 Eqs. 5 and 7]"""
-    logits = F.normalize(query, dim=-1) @ F.normalize(anchors, dim=-1).T / temperature
+    query = F.normalize(query, dim=-1)
+    anchors = F.normalize(anchors, dim=-1)
+    logits = query @ anchors.T / temperature                        # (v, n, n)
     truth = torch.eye(len(anchors), dtype=logits.dtype, device=logits.device)
-    return (logits.softmax(-1) - truth).square().sum(-1).mean()     # logits: (v, n, n)
+    return (logits.softmax(-1) - truth).square().sum(-1).mean()
 
 
 def view_sse(query):
@@ -344,7 +353,9 @@ def view_sse(query):
 
 
 def query_loss(z, args):
-    """The loss of Eqs. 5 and 7 of one task's views z (m, n, d): support first, then query."""
+    """The loss of Eqs. 5 and 7 of one task's views z (m, n, d): support first, then query.
+
+    --query-loss sse, the paper's word, is `view_sse`; the default, brier, is `query_sse`."""
     support, query = z[:len(z) // 2], z[len(z) // 2:]
     if args.query_loss == "sse":
         return view_sse(query)
@@ -355,17 +366,17 @@ def query_loss(z, args):
 
 # ---- one step ------------------------------------------------------------------------------------
 def train_step(nets, opts, views, args, progress):
-    """One step, optimisers included: views (m, n, 3, H, W) of this process -> terms to log.
+    """One step, optimisers included: views (m, K n, 3, H, W) of this process -> terms to log.
 
     [TC2 Algorithm 1]
     loss_query       L_sse of Eq. 7; brier: below 1 - 1 / n, its value at collapse
-    loss_support     InfoNCE before the inner step; below log(2 n - 1), its value at collapse
+    loss_support     InfoNCE before the inner step; below log(m n / 2 - 1), its value at collapse
     inner_step       length of the last task's inner step beside the weights; harms above 0.02
-    std_z, std_z_hat spread over directions; near 1, 0 = collapsed
-    loss_v, loss_w   Eqs. 1 and 2; loss_factors_*: the first terms of Eqs. 4 and 5
-    cos_z_hat        how far calibration moves z
+    std_z, std_z_hat  spread over directions; near 1 is good, 0 = collapsed
+    loss_v, loss_w   Eqs. 1 and 2 in Eq. 5; loss_factors_*: the first terms of Eqs. 4 and 5
+    cos_z_hat        cosine of z_hat to z; 1 = calibration turns nothing
 
-    progress, the share of the training done, is for methods that change with it."""
+    progress, the share of the training done, is for scripts that change with it; not this one."""
     if args.baseline:
         return simclr_step(nets, opts, views, args)
     encoder = nn.Sequential(nets["backbone"], nets["projector"])
@@ -378,7 +389,7 @@ def train_step(nets, opts, views, args, progress):
         Z = embed(encoder, tasks, args)                         # (K, m, n, d)
     S = batch_summary(Z)
 
-    # Line 4, Eqs. 4 and 5: f_theta is fixed.
+    # Line 4, Eqs. 4 and 5: f_theta is fixed. k, the task's number, is for mae_tc2.py.
     def on_support(z_hat, k):
         return info_nce(z_hat, args.temperature)
 
@@ -412,6 +423,8 @@ def train_step(nets, opts, views, args, progress):
             # The anchors are computed at theta_k too: stale ones cost 6 points.
             z_hat = calibrated(embed(encoder, x, args, theta_k))
             loss = query_loss(z_hat, args)
+
+            # First order takes the gradient at theta_k for that at theta.
             if args.second_order:
                 add_gradient(theta, loss / K, theta)
             else:
@@ -475,8 +488,8 @@ def diagnose(nets, views, args):
     K = max(2, min(K, views.shape[1] // 2))             # one of many processes has few images
     n = views.shape[1] // K
     tasks = views[:, :K * n].unflatten(1, (K, n)).transpose(0, 1)       # (K, m, n, 3, H, W)
-    raw = []
-    calibrated = []
+    raw_gradients = []
+    calibrated_gradients = []
     before = []
     after = []
     with batch_stats_only(encoder):
@@ -490,20 +503,20 @@ def diagnose(nets, views, args):
         for x in tasks:
             z = embed(encoder, x, args)
             loss = info_nce(z, args.temperature)
-            raw.append(flat_gradient(loss, theta))
+            raw_gradients.append(flat_gradient(loss, theta))
             if calibrating:
                 loss = info_nce(calibrate(z, V, nets["weight_net"]), args.temperature)
-                calibrated.append(flat_gradient(loss, theta))
+                calibrated_gradients.append(flat_gradient(loss, theta))
 
             theta_k = inner_step(theta, loss, args.inner_lr)
             before.append(instance_accuracy(z))
             with torch.no_grad():
                 after.append(instance_accuracy(embed(encoder, x, args, theta_k)))
 
-    cosine, negative = gradient_conflict(torch.stack(raw))
+    cosine, negative = gradient_conflict(torch.stack(raw_gradients))
     found |= {"conflict_cos_raw": cosine, "conflict_negative_raw": negative}
     if calibrating:
-        cosine, negative = gradient_conflict(torch.stack(calibrated))
+        cosine, negative = gradient_conflict(torch.stack(calibrated_gradients))
         found |= {"conflict_cos_calibrated": cosine, "conflict_negative_calibrated": negative}
     found["adapted_before"] = 100 * torch.stack(before).mean()
     found["adapted_after"] = 100 * torch.stack(after).mean()
@@ -540,7 +553,7 @@ def parse_args(argv=None):
     add("--lambda-s", type=number(float, 0), default=0.1,
         help="lambda_s of Eq. 3; 0 = no L_w (default: 0.1; paper: 0.001 to 1)")
     add("--query-loss", choices=("brier", "nce", "sse"),
-        help="L_sse of Eqs. 5 and 7: brier, squared error of the N-way classification (default); "
+        help="L_sse of Eqs. 5 and 7: brier, squared error of the n-way classification (default); "
         "nce, InfoNCE; sse, the literal squared distance of views, which collapses")
     add("--without", nargs="+", default=[], choices=("qr", "skip", "norm", "lv", "calibration"),
         help="take away: the QR of V, the skip path of f_w, the norm sqrt(d) of z, L_v [Table 12], "

@@ -155,7 +155,7 @@ def step_of(pair):
 def assert_same_nets(found, expected, but=()):
     for name, value in expected.state_dict().items():
         if not name.startswith(but):
-            close(found.state_dict()[name], value, msg=lambda text, name=name: f"{name}: {text}")
+            close(found.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("pair, flags", [
@@ -233,6 +233,14 @@ def test_gessl_on_simclr_equals_a_step_through_the_unrolled_graph(monkeypatch):
     found = torch.cat([(old - new).flatten() / LR for old, new in zip(theta, moved)])
     expected = torch.cat([g.flatten() for g in grads])
     close(found, expected)
+
+
+@each_pair
+def test_each_parameter_belongs_to_one_optimizer(pair):
+    nets, opts, _, _ = make(pair)
+    held = [id(p) for opt in opts.values() for group in opt.param_groups for p in group["params"]]
+    trained = {id(p) for p in nets.parameters() if p.requires_grad}
+    assert len(held) == len(set(held)) and set(held) == trained
 
 
 # ---- TC2 on BYOL and Barlow Twins ----------------------------------------------------------------
@@ -361,6 +369,20 @@ def slow_base(nets, x):
     return r, nets["projector"](r).unflatten(0, x.shape[:2])
 
 
+@pytest.mark.parametrize("base", ["byol", "barlow"])
+def test_factors_and_network_are_judged_by_the_same_losses(base):
+    """With BatchNorm at fixed statistics and no step in between, Eqs. 4-5 and 6-7 agree."""
+    pair = (base, "tc2")
+    nets, opts, views, args = make(pair, tasks=2, inner_lr=0.0)
+    nets.eval()
+    factors = [*nets["factor_net"].parameters(), *nets["weight_net"].parameters()]
+    opts["factors"] = torch.optim.SGD(factors, 0.0)
+    terms = step_of(pair)(nets, opts, views, args, 0)
+    close(terms["loss_factors_support"], terms["loss_support"])
+    close(terms["loss_factors_query"], terms["loss_query"])
+    assert (terms["loss_support"] - terms["loss_query"]).abs() > 1e-3
+
+
 # ---- PCGrad, GradVac, GradDrop -------------------------------------------------------------------
 def gradients(K, P=6, seed=0):
     return torch.randn(K, P, generator=common.rng("gradients", seed), dtype=torch.float64)
@@ -479,6 +501,16 @@ def test_a_rival_that_finds_no_conflict_is_simclr_plus_t(rival):
     assert_same_nets(nets, plain, but=("similarities",))
     close(terms["conflict_cos"], torch.ones_like(terms["conflict_cos"]))
     close(terms["length_kept"], torch.ones_like(terms["length_kept"]))
+
+
+def test_draws_of_a_rival_are_a_function_of_seed_and_step():
+    found = []
+    for seed, progress in (("0", 0), ("0", 0), ("0", 0.5), ("1", 0)):
+        nets, opts, views, args = make(("simclr", "graddrop"), "--seed", seed)
+        combinations.simclr_graddrop(nets, opts, views, args, progress)
+        found.append(nets["projector"].weight.detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2]) and not torch.equal(found[0], found[3])
 
 
 def test_a_rival_gets_the_gradients_of_the_groups():
