@@ -111,6 +111,8 @@ def run_script(name, argv, folder, env, before, stdout, stderr):
     """The life of a `Program`."""
     os.chdir(folder)
     os.setsid()
+    # A background job of a shell ignores Ctrl-C, a program that someone looks at does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(env)
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
