@@ -1108,6 +1108,7 @@ class Log:
     """log.jsonl and the progress line. limits: {term: (limit, sentence)}; above it, one warning."""
     def __init__(self, args, rank, stop, limits):
         self.out = args.out
+        self.device = args.device
         self.images_per_step = args.images_per_step
         self.rank = rank
         self.stop = stop
@@ -1187,6 +1188,9 @@ class Log:
         if self.rank == 0:
             plot_curves(self.out)
         self.show(line)
+        if self.device == "cpu" and others_use_the_cores():
+            self.show("other programs used the cores too: OMP_NUM_THREADS=1 is then several times "
+                      "faster")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1197,6 +1201,17 @@ class Log:
             print(f"error: {name} is not finite at step {step}; the last checkpoint in {self.out}, "
                   "if there is one, is good", file=sys.stderr)
         raise SystemExit(1)
+
+
+def others_use_the_cores():
+    """Whether more threads ran in the last minute than this program has.
+
+    OpenMP's threads wait for the slowest, busily: two of them on a shared core lose to one."""
+    if not hasattr(os, "getloadavg"):               # Windows
+        return False
+    load, _, _ = os.getloadavg()
+    threads = torch.get_num_threads()
+    return threads > 1 and load > threads + 0.5
 
 
 # ---- signals -------------------------------------------------------------------------------------

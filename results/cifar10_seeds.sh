@@ -2,28 +2,14 @@
 # The rows over seeds of results/README.md, from the repository's root. A run that was interrupted
 # goes on, one that is done is only evaluated again.
 #   results/cifar10_seeds.sh DATA OUT SEED [ROW ...]        all rows, or these
-# DATA: CIFAR-10 as class folders train/ and test/ of 32x32 images. OUT: e.g. runs. Made of links:
-# OUT/subset, the first 1,000 training images of each class, by name, and every test image; the rows
-# seen_* train on 2,000 images of each of five classes (OUT/seen) and are evaluated on these and on
-# the five others (OUT/unseen). Of methods and baselines, fine-tuning and the papers' measures.
+# DATA: CIFAR-10 as class folders train/ and test/ of 32x32 images. OUT: e.g. runs. The rows seen_*
+# are judged on the five classes of their training and on the five others. Of methods and baselines,
+# fine-tuning and the papers' measures.
 set -euo pipefail
 data=$(realpath "$1") out=$2 seed=$3
 shift 3
 
-link() {        # NAME IMAGES CLASS ...
-  for class in "${@:3}"; do
-    for split in train test; do
-      mkdir -p "$out/$1/$split/$class"
-      files=("$data/$split/$class"/*)
-      ln -s -f -t "$out/$1/$split/$class" "${files[@]:0:$2}"
-    done
-  done
-}
-if [ ! -e "$out/unseen/test/truck" ]; then
-  link subset 1000 airplane automobile bird cat deer dog frog horse ship truck
-  link seen 2000 airplane bird deer frog ship
-  link unseen 1000 automobile cat dog horse truck
-fi
+source "$(dirname "$0")/cifar10_links.sh"
 
 common="--data $out/subset --seed $seed --lr 2e-3 --eval-every 100 --log-every 39"
 simclr="simclr_tc2.py $common --arch resnet_tiny --batch-size 128 --warmup-epochs 0.5

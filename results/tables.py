@@ -1,9 +1,11 @@
-"""Every table of results/README.md and its three figures, from the logs beside this file.
+"""Every table of results/README.md and its figures, from the logs beside this file.
 
-  python results/tables.py         prints the tables, draws compute, conflict and hypergradients.png
+  python results/tables.py         prints the tables, draws lengths, compute, conflict and
+                                   hypergradients.png
 
-The logs are those of the first edition: its metric `linear top1` is `linear_adam` of the second. A
-row of the tables is a run, or several runs that differ in their seed.
+A row of the tables is a run, or several runs that differ in their seed. The rows over lengths of
+training, logs/cifar10_lengths, are of the second edition; all others are of the first, whose metric
+`linear top1` is `linear_adam` of the second.
 """
 import functools
 import glob
@@ -66,6 +68,66 @@ CLAIMS = [
 COLLAPSED = ("tc2_literal", "mae_tc2_inner_lr_1")
 CONFLICT = ["simclr_2views", "simclr_4views", "simclr_t", "tc2_no_calibration", "tc2"]
 
+# The rows over lengths, in logs/cifar10_lengths/length*/seed*/ROW.
+LENGTHS = (1, 4, 16)
+LENGTH_ROWS = {
+    "SimCLR and TC2": [
+        "simclr_2views", "simclr_2views_equal_passes", "simclr_4views",
+        "simclr_4views_equal_passes", "simclr_t", "simclr_t_2", "tc2", "tc2_no_calibration",
+        "simclr_4views_512", "tc2_512"],
+    "BYOL and GeSSL": [
+        "byol", "byol_large_batch", "byol_large_batch_equal_passes", "gessl", "gessl_ssl_4",
+        "lookahead"],
+    "Barlow Twins and SparseHead": ["barlow", "rownorm"],
+    "MAE and TC2": ["mae", "mae_2masks", "mae_equal_passes", "mae_tc2"],
+    "Other bases": [
+        "byol_large_batch_4epochs", "byol_tc2", "barlow_equal_passes", "barlow_tc2",
+        "simclr_sparsehead", "simclr_gessl", "simclr_2views_equal_gessl"],
+    "Unseen classes": [
+        "seen_simclr_4views", "seen_simclr_4views_equal_passes", "seen_simclr_t", "seen_tc2"],
+}
+LENGTH_PAIRS = [
+    ("tc2", "simclr_2views"), ("tc2", "simclr_4views"), ("tc2", "simclr_4views_equal_passes"),
+    ("tc2", "simclr_2views_equal_passes"), ("simclr_4views", "simclr_2views"),
+    ("simclr_t", "simclr_4views"), ("simclr_t_2", "simclr_2views"), ("tc2", "simclr_t"),
+    ("tc2_no_calibration", "tc2"), ("tc2_512", "simclr_4views_512"),
+    ("gessl", "byol"), ("gessl", "byol_large_batch"), ("gessl", "byol_large_batch_equal_passes"),
+    ("gessl_ssl_4", "gessl"), ("lookahead", "gessl"),
+    ("rownorm", "barlow"),
+    ("mae_tc2", "mae"), ("mae_tc2", "mae_2masks"), ("mae_tc2", "mae_equal_passes"),
+    ("byol_tc2", "byol_large_batch_4epochs"), ("byol_tc2", "byol_large_batch_equal_passes"),
+    ("barlow_tc2", "barlow"), ("barlow_tc2", "barlow_equal_passes"),
+    ("simclr_sparsehead", "simclr_2views"),
+    ("simclr_gessl", "simclr_2views"), ("simclr_gessl", "simclr_2views_equal_gessl"),
+    ("seen_tc2", "seen_simclr_4views"), ("seen_tc2", "seen_simclr_4views_equal_passes"),
+    ("seen_tc2", "seen_simclr_t"),
+]
+
+# The papers' gains: method, base at equal images, at equal passes, source, linear, 5-NN.
+LENGTH_CLAIMS = [
+    ("tc2", "simclr_2views", "simclr_4views_equal_passes", "TC2 Table 5, CIFAR-10", 2.04, 3.33),
+    ("byol_tc2", "byol_large_batch_4epochs", "byol_large_batch_equal_passes",
+     "TC2 Table 5, CIFAR-10", 94.89 - 91.73, 91.96 - 89.26),
+    ("barlow_tc2", "barlow", "barlow_equal_passes", "TC2 Table 5, CIFAR-10", 94.41 - 90.88,
+     91.81 - 88.78),
+    ("mae_tc2", "mae", "mae_equal_passes", "TC2 Table 6, ImageNet, fine-tuned ViT-B", 2.6, None),
+    ("gessl", "byol_large_batch", "byol_large_batch_equal_passes", "GeSSL Table 21, STL-10", 2.6,
+     None),
+    ("simclr_gessl", "simclr_2views", "simclr_2views_equal_gessl", "GeSSL Table 21, STL-10",
+     93.1 - 90.5, None),
+    ("simclr_sparsehead", "simclr_2views", "simclr_2views", "SparseHead Table 1, CIFAR-10",
+     92.75 - 91.80, 90.32 - 88.42),
+    ("rownorm", "barlow", "barlow", "SparseHead Table 1, CIFAR-10", 0.40, 1.09),
+]
+
+# The curves of lengths.png: {panel: [(row, colour)]}, an enhancement in red.
+LENGTH_CURVES = {
+    "SimCLR and TC2": [("simclr_2views", "gray"), ("simclr_4views", "black"), ("tc2", "tab:red")],
+    "BYOL and GeSSL": [("byol_large_batch", "black"), ("gessl", "tab:red")],
+    "Barlow Twins and SparseHead": [("barlow", "black"), ("rownorm", "tab:red")],
+    "MAE and TC2": [("mae", "black"), ("mae_2masks", "gray"), ("mae_tc2", "tab:red")],
+}
+
 # One seed, 50,000 images: {folder of logs/: title}.
 SINGLE = {"cifar10_cpu": "SimCLR and TC2", "cifar10_cpu_gessl": "BYOL and GeSSL",
           "cifar10_cpu_sparsehead": "Barlow Twins and SparseHead", "cifar10_cpu_mae": "MAE and TC2"}
@@ -90,6 +152,9 @@ PROTOCOLS = [
 
 ACCURACIES = [("linear", "top1"), ("knn", "k5_euclidean"), ("knn", "k200_cosine")]
 ACCURACY_HEAD = ["linear_adam", "5-NN", "cosine 200-NN"]
+BOTH_PROBES = [("linear", "top1"), ("linear_adam", "top1"), ("knn", "k5_euclidean"),
+               ("knn", "k200_cosine")]
+BOTH_HEAD = ["linear", *ACCURACY_HEAD]
 
 # By number of seeds: 97.5 % quantile of Student's t, and the true difference, in standard errors,
 # that a paired test at 5 % finds four times in five.
@@ -110,7 +175,9 @@ class Run(typing.NamedTuple):
 def read_values(folder):
     """{(data, protocol, metric): value} of a folder's eval.json."""
     with open(f"{folder}/eval.json") as file:
-        results = json.load(file)["results"]
+        results = json.load(file)
+    if isinstance(results, dict):                   # the first edition's
+        results = results["results"]
     return {(r.get("data", DATA), r["protocol"], r["metric"]): r["value"] for r in results}
 
 
@@ -125,10 +192,10 @@ def read(folder):
     return Run(lines[0]["settings"], training, evaluations[-1], conflict, read_values(folder))
 
 
-def seeds(name):
-    """{seed: Run} of a row over seeds."""
+def seeds(name, where="cifar10_seeds"):
+    """{seed: Run} of a row over seeds, in a folder of logs/."""
     runs = {}
-    for folder in sorted(glob.glob(f"{LOGS}/cifar10_seeds/seed*/{name}")):
+    for folder in sorted(glob.glob(f"{LOGS}/{where}/seed*/{name}")):
         seed = os.path.basename(os.path.dirname(folder)).removeprefix("seed")
         runs[int(seed)] = read(folder)
     return runs
@@ -144,6 +211,7 @@ def images(run):
     per_step = run.settings["batch_size"]
     if script(run) == "byol_gessl" and not run.settings["baseline"]:
         per_step *= run.settings["tasks"]
+    per_step = run.settings.get("images_per_step", per_step)
     return run.log[-1]["step"] * per_step / 1e3
 
 
@@ -167,15 +235,37 @@ def mae_cost(s):
     cost = 1 / 3 + 1 / 2
     if s["inner_lr"] > 0:
         cost += 1 / 2
-    if s["calibrate"] != "none":
+    calibrates = "calibration" not in s.get("without", ()) and s.get("calibrate") != "none"
+    if calibrates:
         cost += 1 / 2
     return s["masks"] * cost
+
+
+def combined_tc2_cost(s):
+    """Four views without gradient, two support and two query views; BYOL's target, four."""
+    target = 4 / 3 if s["script"].startswith("byol") else 0
+    return target + 4 / 3 + 2 + 2
+
+
+def combined_gessl_cost(s):
+    """As `gessl_cost`, without target networks, with finite differences."""
+    return 2 * (2 * s["inner_steps"] + s["target_steps"] + 4 / 3)
+
+
+def two_views(s):
+    return 2
+
+
+COMBINED = {"byol_tc2": combined_tc2_cost, "barlow_tc2": combined_tc2_cost,
+            "simclr_gessl": combined_gessl_cost, "simclr_sparsehead": two_views}
 
 
 def passes(run):
     """Thousands of forward and backward passes of one view or mask; a forward pass alone counts a
     third."""
     s = run.settings
+    if script(run) in COMBINED:
+        return images(run) * COMBINED[script(run)](s)
     if script(run) == "byol_gessl":
         return images(run) * gessl_cost(s)
     if script(run) == "mae_tc2":
@@ -203,6 +293,11 @@ def judged_on(run):
 def accuracies(run):
     """Of the linear probe and both k-NN."""
     return [run.found[judged_on(run), *key] for key in ACCURACIES]
+
+
+def both_probes(run):
+    """Of both linear probes and both k-NN."""
+    return [run.found[judged_on(run), *key] for key in BOTH_PROBES]
 
 
 def own_accuracies(run):
@@ -281,9 +376,9 @@ def columns(rows):
     return list(zip(*rows))
 
 
-def differences(a, b, measure):
+def differences(a, b, measure, where="cifar10_seeds"):
     """Paired differences a - b of the numbers `measure(run)`: one column per number."""
-    first, second = seeds(a), seeds(b)
+    first, second = seeds(a, where), seeds(b, where)
     both = sorted(set(first) & set(second))
     rows = []
     for seed in both:
@@ -396,6 +491,115 @@ def protocol_cell(runs, key):
     return spread(found, 1 if max(found) > 10 else 2)
 
 
+# ---- lengths of training -------------------------------------------------------------------------
+def at_length(length):
+    return f"cifar10_lengths/length{length}"
+
+
+def length_table(title):
+    """Each row of a table at every length there is."""
+    rows = []
+    for name in LENGTH_ROWS[title]:
+        for length in LENGTHS:
+            runs = list(seeds(name, at_length(length)).values())
+            if not runs:
+                continue
+            cells = [f"`{name}`", str(length), str(len(runs)), f"{images(runs[0]):.0f}",
+                     f"{passes(runs[0]):.0f}"]
+            cells += [spread(column) for column in columns(map(both_probes, runs))]
+            cells.append(f"{statistics.mean(run.last['rank_h'] for run in runs):.0f}")
+            rows.append(cells)
+    head = ["row", "length", "seeds", "images (k)", "passes (k)", *BOTH_HEAD, "rank h"]
+    return table(head, rows)
+
+
+def student_p(column):
+    """Two-sided p-value of the mean of `column` against 0, by Student's t.
+
+    The distribution is a finite sum for whole degrees of freedom, one for even numbers of them and
+    one for odd ones. [Abramowitz and Stegun, 26.7.3 and 26.7.4]"""
+    freedom = len(column) - 1
+    t = abs(statistics.mean(column)) / standard_error(column)
+    angle = math.atan(t / freedom ** 0.5)
+    odd = freedom % 2 == 1
+
+    term = math.cos(angle) if odd else 1.0
+    total = term if freedom > 1 else 0.0
+    for power in range(3 if odd else 2, freedom, 2):
+        term *= math.cos(angle) ** 2 * (power - 1) / power
+        total += term
+    inside = math.sin(angle) * total
+    if odd:
+        inside = 2 / math.pi * (angle + inside)
+    return 1 - inside
+
+
+def holm(p_values):
+    """p-values corrected for their number. [Holm 1979]"""
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def length_differences():
+    """[(a, b, length, columns of paired differences)] of all pairs with two common seeds or more."""
+    found = []
+    for a, b in LENGTH_PAIRS:
+        for length in LENGTHS:
+            rows = differences(a, b, both_probes, at_length(length))
+            if rows and len(rows[0]) > 1:
+                found.append((a, b, length, rows))
+    return found
+
+
+def length_difference_table():
+    """Paired differences; the p-values, of `linear`, are corrected for the lines of this table."""
+    found = length_differences()
+    p_values = holm([student_p(rows[0]) for *_, rows in found])
+    lines = []
+    for (a, b, length, rows), p in zip(found, p_values):
+        cells = [f"`{a}` - `{b}`", str(length), str(len(rows[0]))]
+        cells += [interval(column) for column in rows]
+        lines.append([*cells, f"{p:.2f}"])
+    return table(["difference", "length", "seeds", *BOTH_HEAD, "p, Holm"], lines)
+
+
+def length_visible(length, n):
+    """The smallest true difference in `linear` that n paired seeds find four times in five, given
+    the spread of this length's differences."""
+    variances = [statistics.variance(rows[0]) for *_, other, rows in length_differences()
+                 if other == length]
+    return FOUND[n] * (statistics.mean(variances) / n) ** 0.5
+
+
+def length_claim_table():
+    """The papers' gains beside ours at equal images and at equal passes, at the largest length."""
+    lines = []
+    for method, equal_images, equal_passes, source, linear, knn in LENGTH_CLAIMS:
+        for length in reversed(LENGTHS):
+            where = at_length(length)
+            at_images = differences(method, equal_images, both_probes, where)
+            at_passes = differences(method, equal_passes, both_probes, where)
+            if at_images and at_passes and len(at_passes[0]) > 2:
+                break
+        else:
+            continue
+        n = min(len(at_images[0]), len(at_passes[0]))
+        claimed = "" if knn is None else f"{knn:+.2f}"
+        lines.append([source, f"`{method}` - `{equal_images}`", str(length), str(n),
+                      f"{linear:+.2f}", interval(at_images[0]), interval(at_passes[0]),
+                      f"{length_visible(length, n):.1f}", claimed, interval(at_images[2]),
+                      interval(at_passes[2])])
+    head = ["claim", "difference", "length", "seeds"]
+    head += ["linear, paper", "equal images", "equal passes", "visible"]
+    return table(head + ["5-NN, paper", "equal images", "equal passes"], lines)
+
+
+# ---- further tables ------------------------------------------------------------------------------
 def chosen_table(head, keys):
     """A line for every row over seeds that has the first of `keys`, pairs (protocol, metric)."""
     rows = []
@@ -462,7 +666,10 @@ def all_protocols_table():
 
 def all_tables():
     """[(title, lines)], in the order of the page."""
-    tables = [("What the papers claim", claim_table()), ("Differences", difference_table())]
+    tables = [("The claims at the largest length", length_claim_table()),
+              ("Differences over lengths", length_difference_table())]
+    tables += [(f"{title}, over lengths", length_table(title)) for title in LENGTH_ROWS]
+    tables += [("What the papers claim", claim_table()), ("Differences", difference_table())]
     tables += [(title, seed_table(title)) for title in SEEDS]
     tables += [("Seen classes", seen_table()), ("Task conflict", conflict_table()),
                ("Fine-tuning", fine_tuning_table()),
@@ -480,6 +687,30 @@ def new_figure(width, height, rows=1, columns=1):
     for axis in axes:
         axis.grid(alpha=0.3)
     return figure, axes
+
+
+def lengths_figure(path):
+    """Accuracy against compute at each length: mean, and the range over the seeds."""
+    figure, axes = new_figure(13, 8, 2, 2)
+    for axis, (title, rows) in zip(axes, LENGTH_CURVES.items()):
+        for name, colour in rows:
+            points = []
+            for length in LENGTHS:
+                runs = list(seeds(name, at_length(length)).values())
+                if runs:
+                    values = [both_probes(run)[0] for run in runs]
+                    points.append((passes(runs[0]), min(values), statistics.mean(values),
+                                   max(values)))
+            if points:
+                cost, low, mean, high = columns(points)
+                axis.plot(cost, mean, "o-", color=colour, label=name)
+                axis.fill_between(cost, low, high, color=colour, alpha=0.15, linewidth=0)
+        axis.set_xscale("log")
+        axis.set(title=title, xlabel="thousand forward-backward passes", ylabel="linear top-1 (%)")
+        axis.legend(fontsize="small")
+    figure.suptitle("trainings of length 1, 4 and 16, each with its own schedule: mean and range "
+                    "over the seeds")
+    figure.savefig(path, dpi=110)
 
 
 def mean_linear(runs):
@@ -566,6 +797,7 @@ def main():
     for title, lines in all_tables():
         print(f"\n### {title}\n")
         print("\n".join(lines))
+    lengths_figure(f"{HERE}/lengths.png")
     compute_figure(f"{HERE}/compute.png")
     conflict_figure(f"{HERE}/conflict.png")
     hypergradient_figure(f"{HERE}/hypergradients.png")

@@ -181,8 +181,9 @@ def peers(rounds):
                     simclr_tc2.train_step(nets, opts, views, args, 0)
 
             slow, fast, ratio = in_turn(their_epoch, our_epoch, max(1, rounds // 3))
-            print(f"peers     {arch}, {size} px: plain {len(images) / slow:6.0f} images/s   "
-                  f"ours {len(images) / fast:6.0f} images/s   {ratio}")
+            print(f"peers     {arch}, {size} px: plain {len(images) / slow:6.0f} images/s, "
+                  f"{peak_memory(their_epoch):.0f} MiB   ours {len(images) / fast:6.0f} images/s, "
+                  f"{peak_memory(our_epoch):.0f} MiB   {ratio}")
 
 
 # ---- steps ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from conftest import ROOT
 LOGS = f"{ROOT}/results/logs"
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 ACCURACIES = [("linear", "top1"), ("knn", "k5_euclidean"), ("knn", "k200_cosine")]
-T95 = {3: 4.3027}               # 97.5 % quantile of Student's t with two degrees of freedom
+T95 = {2: 12.706, 3: 4.3027, 4: 3.1824, 5: 2.7764}      # 97.5 % quantile of Student's t, by seeds
 DIGIT = 0.0501                  # half of the last digit of a number with one
 
 # Passes per image by row: 1 per view or mask, a third without gradient, the decoder alone a half.
@@ -91,7 +91,9 @@ def log_of(folder):
 def evaluation_of(folder):
     """{(data, protocol, metric): value}"""
     with open(f"{folder}/eval.json") as file:
-        results = json.load(file)["results"]
+        results = json.load(file)
+    if "cifar10_lengths" not in folder:
+        results = results["results"]                # the first edition's
     return {(r.get("data"), r["protocol"], r["metric"]): r["value"] for r in results}
 
 
@@ -164,6 +166,130 @@ def test_the_page_has_exactly_the_lines_that_tables_py_prints(tables):
     page = [line for line in source("results/README.md").splitlines() if line.startswith("|")]
     assert len(page) > 200 and page == printed
 
+
+# ---- tables over lengths -------------------------------------------------------------------------
+LENGTH_ACCURACIES = [("linear", "top1"), ("linear_adam", "top1"), ("knn", "k5_euclidean"),
+                     ("knn", "k200_cosine")]
+# Passes per image of the rows that the first edition does not have.
+PASSES |= {
+    "simclr_2views_equal_passes": 2, "simclr_4views_512": 4, "simclr_t_2": 2, "seen_simclr_t": 4,
+    "simclr_2views_equal_gessl": 2, "gessl_ssl_4": 40 / 3, "byol_large_batch_4epochs": 8 / 3,
+    "byol_tc2": 20 / 3, "barlow_tc2": 16 / 3, "simclr_gessl": 38 / 3,
+}
+
+
+def length_folders(row, length):
+    """{seed: folder}"""
+    folders = glob.glob(f"{LOGS}/cifar10_lengths/length{length}/seed*/{row}")
+    return {int(re.search(r"seed(\d+)/", folder)[1]): folder for folder in folders}
+
+
+def length_accuracies(row, length, seeds):
+    """(seeds, 4) accuracies, of the rows seen_* on the classes that they were not trained on."""
+    found = []
+    for seed in seeds:
+        values = evaluation_of(length_folders(row, length)[seed])
+        found.append([values[judged(row), *key] for key in LENGTH_ACCURACIES])
+    return np.array(found)
+
+
+def length_paired(a, b, length):
+    both = sorted(set(length_folders(a, length)) & set(length_folders(b, length)))
+    return length_accuracies(a, length, both) - length_accuracies(b, length, both)
+
+
+def test_tables_over_lengths_hold_the_means_and_spreads_of_the_logs():
+    seen = set()
+    for title, lines in page_tables().items():
+        if not title.endswith(", over lengths"):
+            continue
+        for name, length, n, images, passes, *cells in lines:
+            row = name.strip("`")
+            folders = length_folders(row, length)
+            assert len(folders) == int(n)
+            logs = [log_of(folder) for folder in folders.values()]
+            steps = {log[-1]["step"] for log in logs}
+            assert len(steps) == 1
+            thousands = steps.pop() * logs[0][0]["settings"]["images_per_step"] / 1e3
+            assert int(images) == round(thousands)
+            assert int(passes) == round(thousands * passes_per_image(row))
+            for cell, column in zip(cells, length_accuracies(row, length, folders).T):
+                check_spread(cell, column)
+            check_logged(cells[4], logs, "rank_h", 0.501)
+            seen |= {(length, row)}
+    there = glob.glob(f"{LOGS}/cifar10_lengths/length*/seed*/*")
+    there = {tuple(re.search(r"length(\d+)/seed\d+/(\w+)", folder).groups()) for folder in there}
+    assert seen == there and len(seen) > 15
+
+
+def test_differences_over_lengths_hold_paired_means_and_corrected_p_values():
+    lines = page_tables()["Differences over lengths"]
+    p_values = []
+    for name, length, n, *cells, _ in lines:
+        found = length_paired(*re.findall(r"`(\w+)`", name), length)
+        assert len(found) == int(n) > 1
+        for cell, column in zip(cells, found.T):
+            check_interval(cell, column)
+        p_values.append(two_sided_p(found[:, 0]))
+
+    # Holm: p_i times the number of p-values that are not smaller, and monotone.
+    for i, line in enumerate(lines):
+        smaller = [p for p in p_values if p <= p_values[i]]
+        corrected = [min(1, p * sum(q >= p for q in p_values)) for p in smaller]
+        assert abs(float(line[-1]) - max(corrected)) <= 0.00501
+
+
+def two_sided_p(column):
+    """Student's t, its density integrated numerically: another way than the finite sums."""
+    n = len(column) - 1
+    t = abs(np.mean(column)) / (np.std(column, ddof=1) / len(column) ** 0.5)
+    # x = tan(angle) sqrt(n) makes the whole line an interval, where cos^(n - 1) is the density.
+    angle = (np.arange(200_000) + 0.5) / 200_000 * np.pi / 2
+    density = np.cos(angle) ** (n - 1)
+    return density[angle > np.arctan(t / n ** 0.5)].sum() / density.sum()
+
+
+def test_student_and_holm_give_known_values(tables):
+    for n in range(2, 9):
+        column = np.random.default_rng(n).normal(0.5, 1, n).tolist()
+        assert abs(tables.student_p(column) - two_sided_p(column)) < 1e-4
+    # t of two values a, b is (a + b) / |a - b|; at t = 1 and one degree of freedom p is a half.
+    assert abs(tables.student_p([0.0, 1.0]) - 0.5) < 1e-12
+    corrected = tables.holm([0.01, 0.04, 0.03, 0.005])
+    np.testing.assert_allclose(corrected, [0.03, 0.06, 0.06, 0.02])
+
+
+def test_claims_over_lengths_stand_beside_the_differences_of_the_logs():
+    lines = page_tables()["The claims at the largest length"]
+    for _, name, length, n, _, *cells in lines:
+        method, base = re.findall(r"`(\w+)`", name)
+        at_images, at_passes, visible, _, knn_images, knn_passes = cells
+        found = length_paired(method, base, length)
+        check_interval(at_images, found[:, 0])
+        check_interval(knn_images, found[:, 2])
+        # The base at equal passes sees as many passes as the method, or up to 9 % more.
+        cost = length_cost(method, length)
+        matches = []
+        for row in (row for _, row in all_length_rows(length) if row.startswith(base[:4])):
+            if cost <= 1.005 * length_cost(row, length) <= 1.1 * cost:
+                column = length_paired(method, row, length)[:, 0]
+                matches.append(f"{np.mean(column):+.1f}")
+        assert at_passes.split(" ± ")[0] in matches, (name, at_passes, matches)
+        assert 0 < float(visible) < 8 and int(n) >= 3
+
+
+def all_length_rows(length):
+    folders = glob.glob(f"{LOGS}/cifar10_lengths/length{length}/seed*/*")
+    return {(length, os.path.basename(folder)) for folder in folders}
+
+
+def length_cost(row, length):
+    """Thousands of passes."""
+    log = log_of(next(iter(length_folders(row, length).values())))
+    return log[-1]["step"] * log[0]["settings"]["images_per_step"] * passes_per_image(row) / 1e3
+
+
+# ---- tables of the first edition -----------------------------------------------------------------
 
 SEED_TABLES = ["SimCLR and TC2", "BYOL and GeSSL", "Barlow Twins and SparseHead", "MAE and TC2",
                "Unseen classes"]
@@ -384,7 +510,7 @@ def test_the_table_of_protocols_holds_what_the_evaluations_say():
 
 
 def test_the_figures_are_drawn_without_a_display(tables, tmp_path):
-    for draw in (tables.compute_figure, tables.conflict_figure, tables.hypergradient_figure):
+    for draw in (tables.lengths_figure, tables.compute_figure, tables.conflict_figure, tables.hypergradient_figure):
         draw(tmp_path / "figure.png")
         with open(tmp_path / "figure.png", "rb") as file:
             head = file.read(24)
@@ -429,11 +555,25 @@ def echo(tmp_path, monkeypatch):
 def settings_of(line):
     """What a command line of a training script sets, its recipe filled in."""
     name, *flags = line.split()
+    if name == "results/combinations.py":
+        return settings_of_combination(loaded(name), flags)
     module = loaded(name)
     args = module.parse_args(flags)
     data = common.Data(args.data, range(50_000), None, [], None, 32, None, "")
     module.fill_defaults(args, data, torch.device("cpu"))
     module.check_args(args, data, 1)
+    return vars(args)
+
+
+def settings_of_combination(module, flags):
+    pair, flags = tuple(flags[:2]), flags[2:]
+    _, defaults = module.COMBINATIONS[pair]
+    own, rest = module.own_flags(defaults, flags)
+    functions = module.replacements(*pair, own)
+    args = module.BASES[pair[0]].parse_args([*rest, "--baseline"])
+    data = common.Data(args.data, range(50_000), None, [], None, 32, None, "")
+    functions["fill_defaults"](args, data, torch.device("cpu"))
+    functions["check_args"](args, data, 1)
     return vars(args)
 
 
@@ -470,6 +610,27 @@ def test_the_scripts_give_the_settings_of_the_published_logs(script, folder, ech
         then = log_of(f"{LOGS}/{folder}/{row}")[0]["settings"]
         assert not differing(training[row], then), (row, differing(training[row], then))
         assert training[row]["script"] == then.get("script", "simclr_tc2")
+
+
+def test_the_script_of_lengths_gives_the_settings_of_its_logs(echo):
+    there = glob.glob(f"{LOGS}/cifar10_lengths/length*/seed*/*")
+    count = 0
+    for length in (1, 4, 16):
+        lines = echo("cifar10_lengths", ".data/cifar10", "runs", str(length), "1")
+        for line in lines:
+            if line.startswith("eval_linear.py"):
+                continue
+            settings = settings_of(line)
+            out = settings["out"]
+            for folder in there:
+                if f"runs/{os.path.relpath(folder, f'{LOGS}/cifar10_lengths')}".replace(
+                        re.search(r"seed\d+", folder)[0], "seed1") != out:
+                    continue
+                then = log_of(folder)[0]["settings"]
+                changed = {key for key, value in settings.items() if then[key] != value}
+                assert changed <= {"seed", "out", "workers"}, (folder, changed)
+                count += 1
+    assert count == len(there)
 
 
 def test_the_seeds_of_a_row_differ_in_nothing_else():

@@ -231,7 +231,7 @@ def test_pictures_are_drawn_while_a_run_goes_on_and_before_it_ends_badly(monkeyp
     monkeypatch.setattr(common, "plot_curves", drawn.append)
     os.makedirs("r")
     limits = {"loss_ssl": (0.5, "is high")}
-    log = common.Log(types.SimpleNamespace(out="r", images_per_step=8), 0, 20000, limits)
+    log = common.Log(types.SimpleNamespace(out="r", device="cpu", images_per_step=8), 0, 20000, limits)
     for now[0] in (10.0, 61.0, 70.0, 122.0):
         log.event(12800, knn5=50.0)
     assert len(drawn) == 2 and "step 12800  knn5 50" in capsys.readouterr().out
@@ -248,6 +248,23 @@ def test_pictures_are_drawn_while_a_run_goes_on_and_before_it_ends_badly(monkeyp
     with pytest.raises(SystemExit):
         log.write(nn.Linear(1, 1), 0.1)
     assert len(drawn) == 3
+
+
+def test_the_end_says_that_other_programs_used_the_cores(monkeypatch, capsys):
+    """On a CPU, where several threads shared the cores with others for a minute: no one else."""
+    def last_words(threads, load, device="cpu"):
+        monkeypatch.setattr(torch, "get_num_threads", always(threads))
+        monkeypatch.setattr(os, "getloadavg", always((load, 9.0, 9.0)))
+        args = types.SimpleNamespace(out="r", device=device, images_per_step=8)
+        common.Log(args, 0, 1, {}).end("done")
+        done, *hint = capsys.readouterr().out.splitlines()
+        assert done == "done"
+        return hint
+
+    assert "OMP_NUM_THREADS=1" in last_words(2, 2.9)[0]
+    assert not last_words(2, 2.1) and not last_words(1, 2.9) and not last_words(2, 2.9, "cuda")
+    monkeypatch.delattr(os, "getloadavg")
+    assert not common.others_use_the_cores()
 
 
 @pytest.mark.parametrize("in_files", [False, True])

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# The rows of results/README.md over lengths of training, from the repository's root. A run that was
+# interrupted goes on, one that is done is only evaluated again.
+#   results/cifar10_lengths.sh DATA OUT LENGTH SEED [ROW ...]       all rows, or these
+# DATA: CIFAR-10 as class folders train/ and test/ of 32x32 images. OUT: e.g. runs. LENGTH: 1, 4 or
+# 16 times the shortest training, each with a learning rate schedule of its own. The rows seen_* are
+# judged on the five classes that they were not trained on.
+set -euo pipefail
+data=$(realpath "$1") out=$2 length=$3 seed=$4
+shift 4
+source "$(dirname "$0")/cifar10_links.sh"
+
+epochs() {      # N: of length 1
+  echo "--epochs $(($1 * length))"
+}
+
+common="--seed $seed --lr 2e-3 --eval-every 1000 --log-every $((39 * length))"
+tiny="--data $out/subset $common --arch resnet_tiny"
+
+# SimCLR and TC2: 128 images a step. Passes of a view per image: 2, 4, TC2 7.3.
+simclr="$tiny --batch-size 128 --warmup-epochs 0.5 --temperature 0.2"
+two="simclr_tc2.py $simclr --baseline"
+four="$two --views 4"
+tc2="simclr_tc2.py $simclr $(epochs 4)"
+
+# BYOL and GeSSL: four mini-batches of 32 images are a step of GeSSL, one of 128 is BYOL's.
+byol="--batch-size 32 --warmup-epochs 0.3 --ema-decay 0.98"
+large="byol_gessl.py $tiny --baseline --batch-size 128 --warmup-epochs 0.3 --ema-decay 0.922"
+gessl="byol_gessl.py $tiny $byol --tasks 4 --target-steps 3 $(epochs 2)"
+
+barlow="barlow_sparsehead.py $tiny --batch-size 128 --lr 3e-3 --hidden 256 --dim 128
+  --warmup-epochs 0.5"
+mae="mae_tc2.py --data $out/subset $common --arch vit_micro --batch-size 64 --warmup-epochs 0.5"
+
+# Readings that the first round did not try.
+many="simclr_tc2.py ${simclr/128/512}"
+
+# Another base for each enhancement.
+byol_tc2="results/combinations.py byol tc2 $tiny --batch-size 128 --warmup-epochs 0.3
+  --ema-decay 0.922"
+
+declare -A rows=(
+  [simclr_2views]="$two $(epochs 4)"
+  [simclr_2views_equal_passes]="$two $(epochs 15)"
+  [simclr_4views]="$four $(epochs 4)"
+  [simclr_4views_equal_passes]="$four $(epochs 8)"
+  [simclr_t]="$four --tasks 4 $(epochs 4)"
+  [simclr_t_2]="$two --tasks 2 $(epochs 4)"
+  [simclr_4views_512]="$many --baseline --views 4 $(epochs 4)"
+  [tc2_512]="$many $(epochs 4)"
+  [tc2]="$tc2"
+  [tc2_no_calibration]="$tc2 --without calibration"
+  [byol]="byol_gessl.py $tiny $byol --baseline $(epochs 2)"
+  [byol_large_batch]="$large $(epochs 2)"
+  [byol_large_batch_equal_passes]="$large $(epochs 10)"
+  [gessl]="$gessl"
+  [gessl_ssl_4]="$gessl --ssl-weight 4"
+  [lookahead]="$gessl --lookahead"
+  [barlow]="$barlow --baseline $(epochs 4)"
+  [rownorm]="$barlow $(epochs 4)"
+  [mae]="$mae --baseline $(epochs 4)"
+  [mae_2masks]="$mae --baseline --masks 2 $(epochs 4)"
+  [mae_equal_passes]="$mae --baseline $(epochs 15)"
+  [mae_tc2]="$mae --masks 2 --tasks 2 $(epochs 4)"
+  [byol_large_batch_4epochs]="$large $(epochs 4)"
+  [byol_tc2]="$byol_tc2 $(epochs 4)"
+  [barlow_tc2]="${barlow/barlow_sparsehead.py/results/combinations.py barlow tc2} $(epochs 4)"
+  [barlow_equal_passes]="$barlow --baseline $(epochs 11)"
+  [simclr_sparsehead]="results/combinations.py simclr sparsehead $simclr $(epochs 4)"
+  [simclr_gessl]="results/combinations.py simclr gessl ${simclr/128/64} --tasks 2 $(epochs 4)"
+  [simclr_2views_equal_gessl]="$two $(epochs 26)"
+  [seen_simclr_4views]="$four $(epochs 4) --data $out/seen"
+  [seen_simclr_4views_equal_passes]="$four $(epochs 8) --data $out/seen"
+  [seen_simclr_t]="$four --tasks 4 $(epochs 4) --data $out/seen"
+  [seen_tc2]="$tc2 --data $out/seen"
+)
+[ $# -gt 0 ] || set -- "${!rows[@]}"
+for name; do
+  run=$out/length$length/seed$seed/$name
+  python ${rows[$name]} --out "$run"
+  python eval_linear.py "$run"
+  case $name in
+    seen*) python eval_linear.py "$run" --data "$out/unseen" --protocol linear knn fewshot ;;
+  esac
+done
