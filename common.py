@@ -844,7 +844,7 @@ def nearest(bank, queries, k, metric):
 def vote(near, labels, metric, temperature=0.07):
     """Predicted classes (N,) from similarities (N, k) and the neighbours' labels (N, k).
 
-    euclidean: majority, the papers' protocol; cosine: weights exp(cos / temperature), the field's.
+    euclidean: majority, for the papers' 5-NN; cosine: weights exp(cos / temperature), the field's.
     A tie goes to the lower class."""
     weight = torch.ones_like(near)
     if metric == "cosine":

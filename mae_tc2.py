@@ -750,8 +750,12 @@ def fill_defaults(args, data, device):
         args.masks = args.masks or 1
         args.tasks = args.tasks or 1
     recipe = fill_from_recipe(args, RECIPES, data, device, SCRIPT)
-    args.factors = args.factors or DECODERS[args.arch][0] // 2
+    dim, _ = DECODERS[args.arch]
+    args.factors = args.factors or dim // 2
     args.images_per_step = args.batch_size
+    if args.factors == dim and "qr" not in args.without and not args.baseline:
+        print(f"--factors {args.factors}: as many as dimensions, so that V is square and "
+              "orthogonal: Eq. 1 is zero by construction")
     return [AUGMENTATION[recipe]]
 
 

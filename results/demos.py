@@ -204,7 +204,8 @@ def theorem1(seed, path, repeats=20):
         lines.append(f"n = {n}: " + " ".join(f"{ratio:.2f}" for ratio in ratios))
     caption = ("TC2's Theorem 1: the best classifier of task i gives weight to task j's factor "
                "unless their labels agree with probability 0.5,\nand there too with limited "
-               "samples. |w_j| / |w_i|, " + "; ".join(lines) + ".")
+               "samples (which the paper states and does not prove). Seen, |w_j| / |w_i|: "
+               + "; ".join(lines) + ".")
     labels = ("probability that Y_i = Y_j", "|w_j| / |w_i|")
     show(path, {"weight on the other task's factor": (labels, curves, "o-")}, caption)
 
@@ -218,10 +219,12 @@ def adaptation(seed, path, epochs=2):
                          "--device", "cpu"])
         curves[name] = measures.adaptation_curve(out)
     ratio = measures.performance_ratio(curves["byol"], curves["gessl"])
-    measures.draw_adaptation(path, curves, {"byol": ratio})
     shown = ", ".join(f"epoch {epoch:g}: {value:.2f}" for epoch, value in ratio.items())
-    print("GeSSL's Table 15 claims that after one step on a task's own loss the model with GeSSL "
-          f"is more accurate: r = accuracy of BYOL / of GeSSL below 1. Seen: {shown}.\n{path}")
+    caption = ("GeSSL's Table 15 claims that after one step on a task's own loss the model with GeSSL "
+               "is more accurate,\nr = accuracy without / with GeSSL below 1 (its base is SimCLR, "
+               f"ours BYOL). Seen: {shown}.")
+    measures.draw_adaptation(path, curves, {"byol": ratio}, caption)
+    print(f"{caption}\n{path}")
 
 
 DEMOS = {"fig1": fig1, "conflict": conflict, "theorem1": theorem1, "adaptation": adaptation}

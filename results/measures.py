@@ -206,7 +206,7 @@ def measure_adaptation(job):
     return found
 
 
-def draw_adaptation(path, curves, ratios):
+def draw_adaptation(path, curves, ratios, caption=""):
     """Left: accuracies over epochs, before (dashed) and after. Right: r."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -222,6 +222,7 @@ def draw_adaptation(path, curves, ratios):
     left.set(title="accuracy on a training task", xlabel="epoch", ylabel="percent")
     right.set(title="performance ratio r", xlabel="epoch")
     left.legend(fontsize="small")
+    figure.supxlabel(caption, fontsize="small")
     figure.savefig(path, dpi=110)
 
 

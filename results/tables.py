@@ -111,7 +111,7 @@ LENGTH_CLAIMS = [
     ("barlow_tc2", "barlow", "barlow_equal_passes", "TC2 Table 5, CIFAR-10", 94.41 - 90.88,
      91.81 - 88.78),
     ("mae_tc2", "mae", "mae_equal_passes", "TC2 Table 6, ImageNet, fine-tuned ViT-B", 2.6, None),
-    ("gessl", "byol_large_batch", "byol_large_batch_equal_passes", "GeSSL Table 21, STL-10", 2.6,
+    ("gessl", "byol", "byol_large_batch_equal_passes", "GeSSL Table 21, STL-10", 2.6,
      None),
     ("simclr_gessl", "simclr_2views", "simclr_2views_equal_gessl", "GeSSL Table 21, STL-10",
      93.1 - 90.5, None),

@@ -1170,3 +1170,16 @@ def test_whole_tasks_go_to_each_process(capsys):
     with pytest.raises(SystemExit):
         mae_tc2.check_args(args, data, 8)
     assert "--tasks 4" in capsys.readouterr().err
+
+
+def test_a_line_says_that_eq_1_is_zero_with_as_many_factors_as_the_decoder_has_dimensions(capsys):
+    for flags in ([], ["--factors", "63"], ["--factors", "64", "--baseline"],
+                  ["--factors", "64", "--without", "qr"]):
+        filled(["--arch", "vit_micro", *flags])
+        assert capsys.readouterr().out == ""
+    args, _, _ = filled(["--arch", "vit_micro", "--factors", "64"])
+    line = capsys.readouterr().out
+    assert line.startswith("--factors 64: ") and line.endswith("by construction\n")
+    V = build_nets(args)["factor_net"](randn(65, 64).float())
+    assert V.shape == (64, 64)
+    assert mae_tc2.factor_loss(randn(9, 64).float(), V) < 1e-8
