@@ -10,6 +10,7 @@
 Each takes at most three minutes on two cores, on drawn images with one seed: a picture to talk
 about, no evidence. The numbers are printed and stand in the picture's caption.
 """
+import math
 import os
 import sys
 
@@ -146,6 +147,13 @@ def cosine_by_size(encoder, data, sizes, seed):
     return found
 
 
+def correlation_interval(r, n):
+    """95 % interval of a correlation over n > 3 pairs, by Fisher's transformation."""
+    z = math.atanh(max(-0.9999, min(0.9999, r)))
+    half = 1.96 / (n - 3) ** 0.5
+    return math.tanh(z - half), math.tanh(z + half)
+
+
 def conflict(seed, path, runs=6, steps=62, sizes=(8, 16, 32, 64, 128)):
     data = load_data("shapes")
     cosines, gains = [], []
@@ -154,10 +162,13 @@ def conflict(seed, path, runs=6, steps=62, sizes=(8, 16, 32, 64, 128)):
         tasks, cosine = train_simclr(linear_head, steps, s, data, groups=2)
         cosines.append(cosine)
         gains.append(accuracy(tasks, data) - accuracy(plain, data))
-    r = torch.corrcoef(torch.tensor([cosines, gains]))[0, 1]
+    r = torch.corrcoef(torch.tensor([cosines, gains]))[0, 1].item()
+    low, high = correlation_interval(r, runs)
     control = cosine_by_size(tasks, data, sizes, seed)
-    caption = (f"TC2's premise: runs of SimCLR+T (K = 2, two views) whose tasks conflict more gain "
-               f"less over SimCLR, a correlation above 0. Seen: {r:+.2f} over {runs} runs.\n"
+    caption = ("TC2's premise: runs of SimCLR+T (K = 2, two views) whose tasks conflict more gain "
+               "less over SimCLR, a correlation above 0.\n"
+               f"Seen: {r:+.2f} over {runs} runs, 95 % interval {low:+.2f} to {high:+.2f}; "
+               "other seeds can give another sign.\n"
                f"Control: at the same weights the cosine of random groups grows with their size, "
                f"{control[0]:.2f} at {sizes[0]} images, {control[-1]:.2f} at {sizes[-1]}: it "
                "measures noise too.")
@@ -220,8 +231,8 @@ def adaptation(seed, path, epochs=2):
         curves[name] = measures.adaptation_curve(out)
     ratio = measures.performance_ratio(curves["byol"], curves["gessl"])
     shown = ", ".join(f"epoch {epoch:g}: {value:.2f}" for epoch, value in ratio.items())
-    caption = ("GeSSL's Table 15 claims that after one step on a task's own loss the model with GeSSL "
-               "is more accurate,\nr = accuracy without / with GeSSL below 1 (its base is SimCLR, "
+    caption = ("GeSSL's Table 15 claims that after one step on a task's own loss the model with "
+               "GeSSL is more accurate,\nr = accuracy without / with GeSSL below 1 (its base is SimCLR, "
                f"ours BYOL). Seen: {shown}.")
     measures.draw_adaptation(path, curves, {"byol": ratio}, caption)
     print(f"{caption}\n{path}")

@@ -65,7 +65,7 @@ def test_certain_labels_make_the_two_factors_alike():
 
 
 @pytest.mark.parametrize("name, options", [
-    ("fig1", {"steps": 2}), ("conflict", {"runs": 2, "steps": 2, "sizes": (4, 8)}),
+    ("fig1", {"steps": 2}), ("conflict", {"runs": 4, "steps": 2, "sizes": (4, 8)}),
     ("theorem1", {"repeats": 1})])
 def test_a_demonstration_leaves_a_picture_and_a_caption(name, options, tmp_path, monkeypatch,
                                                         capsys):
@@ -77,7 +77,14 @@ def test_a_demonstration_leaves_a_picture_and_a_caption(name, options, tmp_path,
     demos.DEMOS[name](0, str(path), **options)
     picture = common.decode(str(path))
     assert picture.shape[1] > 300 and picture.float().std() > 10
-    assert str(path) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(path) in said and "Seen" in said
+
+
+def test_the_interval_of_a_correlation_is_fishers():
+    """A classic value: r = 0.5 over 28 pairs has 0.156 to 0.736 (z = 0.549 +- 0.392)."""
+    low, high = demos.correlation_interval(0.5, 28)
+    assert abs(low - 0.1559) < 1e-3 and abs(high - 0.7357) < 1e-3
 
 
 def test_the_loss_of_groups_is_simclr_plus_t(monkeypatch):

@@ -510,7 +510,8 @@ def test_the_table_of_protocols_holds_what_the_evaluations_say():
 
 
 def test_the_figures_are_drawn_without_a_display(tables, tmp_path):
-    for draw in (tables.lengths_figure, tables.compute_figure, tables.conflict_figure, tables.hypergradient_figure):
+    for draw in (tables.lengths_figure, tables.compute_figure, tables.conflict_figure,
+                 tables.hypergradient_figure):
         draw(tmp_path / "figure.png")
         with open(tmp_path / "figure.png", "rb") as file:
             head = file.read(24)

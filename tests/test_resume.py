@@ -231,7 +231,8 @@ def test_pictures_are_drawn_while_a_run_goes_on_and_before_it_ends_badly(monkeyp
     monkeypatch.setattr(common, "plot_curves", drawn.append)
     os.makedirs("r")
     limits = {"loss_ssl": (0.5, "is high")}
-    log = common.Log(types.SimpleNamespace(out="r", device="cpu", images_per_step=8), 0, 20000, limits)
+    args = types.SimpleNamespace(out="r", device="cpu", images_per_step=8)
+    log = common.Log(args, 0, 20000, limits)
     for now[0] in (10.0, 61.0, 70.0, 122.0):
         log.event(12800, knn5=50.0)
     assert len(drawn) == 2 and "step 12800  knn5 50" in capsys.readouterr().out
