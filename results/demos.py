@@ -232,8 +232,8 @@ def adaptation(seed, path, epochs=2):
     ratio = measures.performance_ratio(curves["byol"], curves["gessl"])
     shown = ", ".join(f"epoch {epoch:g}: {value:.2f}" for epoch, value in ratio.items())
     caption = ("GeSSL's Table 15 claims that after one step on a task's own loss the model with "
-               "GeSSL is more accurate,\nr = accuracy without / with GeSSL below 1 (its base is SimCLR, "
-               f"ours BYOL). Seen: {shown}.")
+               "GeSSL is more accurate,\nr = accuracy without / with GeSSL below 1 (its base is "
+               f"SimCLR, ours BYOL). Seen: {shown}.")
     measures.draw_adaptation(path, curves, {"byol": ratio}, caption)
     print(f"{caption}\n{path}")
 
