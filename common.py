@@ -54,13 +54,14 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=math.inf):
     """argparse type: a finite number of `kind` from low to high, both included."""
     noun = "a whole number" if kind is int else "a number"
+    span = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
 
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
             if low <= value <= high and value < math.inf:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {span}")
     return parse
 
 
@@ -74,7 +75,8 @@ def default_workers():
 
 def base_parser(doc, recipes, archs):
     """The flags that all scripts share. What is left open, `fill_from_recipe` fills in."""
-    table = ["recipes, chosen by --data:", f"{'':>16}" + "".join(f"{r:>14}" for r in recipes)]
+    names = "".join(f"{name:>14}" for name in recipes)
+    table = ["recipes, chosen by --data and --image-size:", f"{'':>16}{names}"]
     for key in recipes["shapes"]:
         values = "".join(f"{str(recipe[key]):>14}" for recipe in recipes.values())
         table.append(f"{key:>16}{values}")
@@ -93,7 +95,9 @@ def base_parser(doc, recipes, archs):
     add("--batch-size", type=number(int, 2), help="images per batch, over all processes")
     add("--lr", type=number(float, 0), help="peak learning rate at this batch size")
     add("--weight-decay", type=number(float, 0), help="0 = none")
-    add("--warmup-epochs", type=number(float, 0), help="linear, then cosine to 0; 0 = none")
+    add("--warmup-epochs", type=number(float, 0),
+        help="linear, then cosine to 0; 0 = none (default: the recipe's; a tenth of --epochs if "
+        "that is too long)")
     add("--workers", type=number(int, 0), default=default_workers(),
         help="decoding processes, for images above 96 px (default: the cores, up to 16)")
     add("--seed", type=number(int, 0, 2 ** 63), default=0,
@@ -145,8 +149,9 @@ def fill_from_recipe(args, recipes, data, device, script):
 def check_shared_flags(args, data, world):
     """Settings that go wrong in every script end in a sentence."""
     if args.images_per_step > len(data.train):
+        tasks = " or --tasks" if args.images_per_step > args.batch_size else ""
         fail(f"--batch-size {args.batch_size}: one step takes {args.images_per_step} images, "
-             f"there are only {len(data.train)} training images")
+             f"there are only {len(data.train)} training images; lower it{tasks}")
     if args.warmup_epochs > args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs}: more than --epochs {args.epochs}")
     if args.sync_bn and (args.device != "cuda" or world == 1):
@@ -1076,6 +1081,8 @@ def resume(out, settings, nets, opts):
         if before != value and name not in FREE_ON_RESUME:
             differ.append(f"{name} {before} -> {value}")
     if differ:
+        if settings["data"] != state["settings"]["data"]:
+            differ.insert(0, f"data {state['settings']['data']} -> {settings['data']}")
         fail(f"--out {out}: holds a run with other settings ({'; '.join(differ)}); choose another "
              "--out or repeat its settings")
 
@@ -1144,8 +1151,10 @@ class Log:
         last = dict(zip(self.names, values[-1]))
         self.append(step=steps[-1], lr=lr, images_per_s=round(rate, 1), **last)
         shown = "  ".join(f"{name} {last[name]:.3f}" for name in self.names[:3])
-        self.show(f"step {steps[-1]}/{self.stop}  {shown}{self.knn}  {rate:.0f} img/s  "
-                  f"{left:.0f} s left", live=True)
+        speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+        left = datetime.timedelta(seconds=round(left))
+        self.show(f"step {steps[-1]}/{self.stop}  {shown}{self.knn}  {speed} img/s  {left} left",
+                  live=True)
 
     def event(self, step, **found):
         """A line on what an evaluation found, numbers or tensors."""
@@ -1226,6 +1235,8 @@ def graceful_stop():
         # torchrun repeats the terminal's Ctrl-C at once: that is not a second one.
         if seen and time.monotonic() - seen[0][1] > 1:
             raise KeyboardInterrupt
+        if not seen and int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again ends at once\n")
         seen.append((signum, time.monotonic()))
 
     def stop_signal():
@@ -1283,11 +1294,13 @@ def plot_curves(out):
     if not panels:
         return
 
+    first = [title for title in ("loss", "knn") if title in panels]
+    titles = first + sorted(set(panels) - set(first))
     height = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(15, 4 * height), layout="constrained")
-    for i, (title, curves) in enumerate(sorted(panels.items()), 1):
+    for i, title in enumerate(titles, 1):
         axis = figure.add_subplot(height, 3, i)
-        for name, points in sorted(curves.items()):
+        for name, points in sorted(panels[title].items()):
             steps, values = zip(*points)
             if name.startswith("raw_pixels"):
                 axis.axhline(values[0], color="gray", linestyle="--", label=name)
@@ -1314,7 +1327,7 @@ def draw_grid(path, rows):
     axis.imshow(grid.permute(1, 2, 0).numpy())
     axis.set_yticks([step * (i + 0.5) for i in range(len(rows))], list(rows))
     axis.set_xticks([])
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def draw_views(args, data, views, index, recipes):

@@ -217,7 +217,8 @@ def few_shot_episodes(labels, way, shot, queries, episodes, seed):
         if len(rows) >= shot + queries:
             members.append(rows)
     if len(members) < way:
-        fail(f"--way {way}: only {len(members)} classes have {shot} + {queries} test images")
+        fail(f"--way {way}: only {len(members)} classes have {shot} + {queries} test images; lower "
+             "--way or --queries")
 
     g = rng(seed, "episodes")
     drawn = []
@@ -446,7 +447,7 @@ def load_run(folder):
     """(backbone with its weights, what backbone.pt holds, the run's settings or {})."""
     path = os.path.join(folder, "backbone.pt")
     if not os.path.isfile(path):
-        fail(f"RUN {folder}: no backbone.pt in it")
+        fail(f"RUN {folder}: is no folder with a backbone.pt")
     state = load_torch(path, f"RUN {folder}", ("arch", "image_size", "mean", "std", "state_dict"))
     try:
         if state["arch"].startswith("vit"):
@@ -479,7 +480,7 @@ def load_part(name, split, size, workers, loaded):
         loaded[name] = load_data(name, size, workers)
     data = loaded[name]
     if data.test_labels is None:
-        fail(f"{name}: has no class folders, and so no labels")
+        fail(f"{name}: has no class folders, and so no labels; name some with --data FOLDER")
     if split == "train":
         return Part(data.train, data.train_labels, data.classes)
     return Part(data.test, data.test_labels, data.classes)
@@ -749,7 +750,11 @@ def main(argv=None):
         names.insert(names.index("linear") + 1, "linear_adam")
     argv = sys.argv[1:] if argv is None else argv
     command = shlex.join(["eval_linear.py", *argv])
-    evaluate(Job(args), {name: PROTOCOLS[name] for name in names}, SETTINGS, command)
+    job = Job(args)
+    if "fewshot" in names:              # too few test images must not cost the other protocols
+        for shot in args.shot:
+            few_shot_episodes(job.test.labels, args.way, shot, args.queries, 1, args.seed)
+    evaluate(job, {name: PROTOCOLS[name] for name in names}, SETTINGS, command)
 
 
 if __name__ == "__main__":

@@ -820,10 +820,13 @@ def main(argv=None):
         if data.test_labels is None:
             log.show(f"{args.data} has no labels: the k-NN monitor is off")
         elif start == 0:                            # what the run has to beat
-            log.show("step 0: k-NN of the pixels and of the untrained network ...", live=True)
+            log.show("step 0: k-NN before training ...", live=True)
             raw = evaluate(None) if torch.is_tensor(data.train) else {}
             raw = {f"raw_pixels_{name}": value for name, value in raw.items()}
             log.event(0, **evaluate(nets["backbone"]), **raw)
+
+        if start >= stop:
+            log.show(f"complete at step {start}: nothing is left to train")
 
         batches = training_batches(data, augmentation, args, rank, world, device, start, stop)
         for step, (views, index) in enumerate(batches, start + 1):      # counts steps that are done

@@ -546,7 +546,7 @@ def holm(p_values):
 
 
 def length_differences():
-    """[(a, b, length, columns of paired differences)] of all pairs with two common seeds or more."""
+    """[(a, b, length, columns of paired differences)] of all pairs with two common seeds."""
     found = []
     for a, b in LENGTH_PAIRS:
         for length in LENGTHS:

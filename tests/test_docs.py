@@ -294,7 +294,7 @@ def test_the_readme_runs_from_a_notebook(tmp_path, monkeypatch):
     call = call.replace("])", f"] + {small})")
     exec(call)
     exec(call)
-    assert (tmp_path / "runs" / "simclr_tc2" / "last.pt").exists()
+    assert (tmp_path / "runs" / "notebook" / "last.pt").exists()
 
 
 def test_the_test_command_of_the_readme_is_what_ci_runs():

@@ -979,11 +979,23 @@ def test_a_damaged_file_is_refused_before_anything_is_measured(capsys):
     assert open("r/eval.json").read() == "{" and len(os.listdir("r")) == 2
 
 
-def test_a_protocol_that_fails_costs_none_of_those_before_it(capsys):
+def test_a_protocol_that_fails_costs_none_of_those_before_it(monkeypatch, capsys):
+    def failing(job):
+        common.fail("out of luck")
+
     make_run()
     data_folder()
-    stops(capsys, "r", "--data", "d", "--protocol", "knn", "fewshot", "--k", "1")
+    monkeypatch.setitem(eval_linear.PROTOCOLS, "spectrum", failing)
+    stops(capsys, "r", "--data", "d", "--protocol", "knn", "spectrum", "--k", "1")
     assert {row["protocol"] for row in results()} == {"knn"}
+
+
+def test_too_few_images_for_episodes_are_found_before_anything_is_measured(capsys):
+    make_run()
+    data_folder()
+    sentence = stops(capsys, "r", "--data", "d", "--protocol", "knn", "fewshot", "--k", "1")
+    assert "--way 5" in sentence and "lower --way or --queries" in sentence
+    assert not os.path.exists("r/eval.json")
 
 
 def test_a_read_only_run_is_shown_and_not_kept(monkeypatch, capsys):
