@@ -1047,6 +1047,10 @@ def test_weight_decay_spares_biases_and_batchnorm_and_no_weight_is_left_out():
         decays = p.ndim > 1 and not name.startswith("target")
         close(p.detach(), 0.95 * before[name] if decays else before[name])
 
+    trained = [p for group in opt.param_groups for p in group["params"]]
+    assert len(trained) == len(set(trained))
+    assert set(trained) == set(online(nets).parameters())
+
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_outputs_of_a_bfloat16_pass_are_float32(flat):
