@@ -85,8 +85,8 @@ RECIPES = {
 }
 
 # A term above its limit warns once, on the screen and in the log.
-LIMITS = {"inner_step": (0.1, "the inner step is long beside the weights, it harms above 0.02: "
-                              "lower --inner-lr")}
+LIMITS = {"inner_step": (0.1, "the inner step is long beside the weights, which harms: lower "
+                              "--inner-lr")}
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -371,7 +371,8 @@ def train_step(nets, opts, views, args, progress):
     [TC2 Algorithm 1]
     loss_query       L_sse of Eq. 7; brier: below 1 - 1 / n, its value at collapse
     loss_support     InfoNCE before the inner step; below log(m n / 2 - 1), its value at collapse
-    inner_step       length of the last task's inner step beside the weights; harms above 0.02
+    inner_step       length of the last task's inner step beside the weights; harms if it stays
+                     above 0.02, a warning comes at 0.1
     std_z, std_z_hat  spread over directions; near 1 is good, 0 = collapsed
     loss_v, loss_w   Eqs. 1 and 2 in Eq. 5; loss_factors_*: the first terms of Eqs. 4 and 5
     cos_z_hat        cosine of z_hat to z; 1 = calibration turns nothing

@@ -120,12 +120,28 @@ LENGTH_CLAIMS = [
     ("rownorm", "barlow", "barlow", "SparseHead Table 1, CIFAR-10", 0.40, 1.09),
 ]
 
-# The curves of lengths.png: {panel: [(row, colour)]}, an enhancement in red.
+# The curves of lengths.png: {panel: {label: (colour, rows)}}, all lengths of these rows.
 LENGTH_CURVES = {
-    "SimCLR and TC2": [("simclr_2views", "gray"), ("simclr_4views", "black"), ("tc2", "tab:red")],
-    "BYOL and GeSSL": [("byol_large_batch", "black"), ("gessl", "tab:red")],
-    "Barlow Twins and SparseHead": [("barlow", "black"), ("rownorm", "tab:red")],
-    "MAE and TC2": [("mae", "black"), ("mae_2masks", "gray"), ("mae_tc2", "tab:red")],
+    "on SimCLR": {
+        "SimCLR, 2 views": ("gray", ["simclr_2views", "simclr_2views_equal_passes",
+                                     "simclr_2views_equal_gessl"]),
+        "SimCLR, 4 views": ("black", ["simclr_4views", "simclr_4views_equal_passes"]),
+        "TC2": ("tab:red", ["tc2"]),
+        "GeSSL": ("tab:blue", ["simclr_gessl"]),
+        "SparseHead": ("tab:green", ["simclr_sparsehead"])},
+    "on BYOL": {
+        "BYOL, batch 128": ("black", ["byol_large_batch", "byol_large_batch_4epochs",
+                                      "byol_large_batch_equal_passes"]),
+        "TC2": ("tab:red", ["byol_tc2"]),
+        "GeSSL": ("tab:blue", ["gessl"])},
+    "on Barlow Twins": {
+        "Barlow Twins": ("black", ["barlow", "barlow_equal_passes"]),
+        "TC2": ("tab:red", ["barlow_tc2"]),
+        "SparseHead": ("tab:green", ["rownorm"])},
+    "on MAE": {
+        "MAE, one mask": ("black", ["mae", "mae_equal_passes"]),
+        "MAE, two masks": ("gray", ["mae_2masks"]),
+        "TC2": ("tab:red", ["mae_tc2"])},
 }
 
 # One seed, 50,000 images: {folder of logs/: title}.
@@ -568,11 +584,15 @@ def length_difference_table():
     return table(["difference", "length", "seeds", *BOTH_HEAD, "p, Holm"], lines)
 
 
-def length_visible(length, n):
-    """The smallest true difference in `linear` that n paired seeds find four times in five, given
-    the spread of this length's differences."""
-    variances = [statistics.variance(rows[0]) for *_, other, rows in length_differences()
-                 if other == length]
+def length_visible(base, length, n):
+    """The smallest true difference in `linear` that n paired seeds find four times in five.
+
+    The spread is pooled over this length's differences from the same base method."""
+    method = base.split("_")[0]
+    variances = []
+    for _, b, other, rows in length_differences():
+        if b.startswith(method) and other == length:
+            variances.append(statistics.variance(rows[0]))
     return FOUND[n] * (statistics.mean(variances) / n) ** 0.5
 
 
@@ -589,11 +609,12 @@ def length_claim_table():
         else:
             continue
         n = min(len(at_images[0]), len(at_passes[0]))
+        visible = length_visible(equal_images, length, n)
         claimed = "" if knn is None else f"{knn:+.2f}"
-        lines.append([source, f"`{method}` - `{equal_images}`", str(length), str(n),
-                      f"{linear:+.2f}", interval(at_images[0]), interval(at_passes[0]),
-                      f"{length_visible(length, n):.1f}", claimed, interval(at_images[2]),
-                      interval(at_passes[2])])
+        lines.append([
+            source, f"`{method}` - `{equal_images}`", str(length), str(n),
+            f"{linear:+.2f}", interval(at_images[0]), interval(at_passes[0]), f"{visible:.1f}",
+            claimed, interval(at_images[2]), interval(at_passes[2])])
     head = ["claim", "difference", "length", "seeds"]
     head += ["linear, paper", "equal images", "equal passes", "visible"]
     return table(head + ["5-NN, paper", "equal images", "equal passes"], lines)
@@ -668,7 +689,10 @@ def all_tables():
     """[(title, lines)], in the order of the page."""
     tables = [("The claims at the largest length", length_claim_table()),
               ("Differences over lengths", length_difference_table())]
-    tables += [(f"{title}, over lengths", length_table(title)) for title in LENGTH_ROWS]
+    for title in LENGTH_ROWS:
+        lines = length_table(title)
+        if len(lines) > 2:                          # some rows have run
+            tables.append((f"{title}, over lengths", lines))
     tables += [("What the papers claim", claim_table()), ("Differences", difference_table())]
     tables += [(title, seed_table(title)) for title in SEEDS]
     tables += [("Seen classes", seen_table()), ("Task conflict", conflict_table()),
@@ -689,27 +713,34 @@ def new_figure(width, height, rows=1, columns=1):
     return figure, axes
 
 
+def curve_points(rows):
+    """[(passes, lowest, mean, highest)] in `linear` of these rows at all lengths, by passes."""
+    points = []
+    for name in rows:
+        for length in LENGTHS:
+            runs = list(seeds(name, at_length(length)).values())
+            if runs:
+                values = [both_probes(run)[0] for run in runs]
+                mean = statistics.mean(values)
+                points.append((passes(runs[0]), min(values), mean, max(values)))
+    return sorted(points)
+
+
 def lengths_figure(path):
-    """Accuracy against compute at each length: mean, and the range over the seeds."""
+    """Accuracy against compute, at every length: mean, and the range over the seeds."""
     figure, axes = new_figure(13, 8, 2, 2)
-    for axis, (title, rows) in zip(axes, LENGTH_CURVES.items()):
-        for name, colour in rows:
-            points = []
-            for length in LENGTHS:
-                runs = list(seeds(name, at_length(length)).values())
-                if runs:
-                    values = [both_probes(run)[0] for run in runs]
-                    points.append((passes(runs[0]), min(values), statistics.mean(values),
-                                   max(values)))
+    for axis, (title, curves) in zip(axes, LENGTH_CURVES.items()):
+        for label, (colour, rows) in curves.items():
+            points = curve_points(rows)
             if points:
                 cost, low, mean, high = columns(points)
-                axis.plot(cost, mean, "o-", color=colour, label=name)
-                axis.fill_between(cost, low, high, color=colour, alpha=0.15, linewidth=0)
+                axis.plot(cost, mean, "o-", color=colour, label=label)
+                axis.vlines(cost, low, high, color=colour)
         axis.set_xscale("log")
         axis.set(title=title, xlabel="thousand forward-backward passes", ylabel="linear top-1 (%)")
-        axis.legend(fontsize="small")
-    figure.suptitle("trainings of length 1, 4 and 16, each with its own schedule: mean and range "
-                    "over the seeds")
+        if axis.lines:
+            axis.legend(fontsize="small")
+    figure.suptitle("each point a training with its own schedule: mean and range over the seeds")
     figure.savefig(path, dpi=110)
 
 
