@@ -269,6 +269,35 @@ def test_the_end_says_that_other_programs_used_the_cores(monkeypatch, capsys):
     assert not common.others_use_the_cores()
 
 
+def test_a_complete_run_says_so_and_a_refusal_names_other_data(capsys):
+    simclr_tc2.main([*BASELINE, "--max-steps", "1"])
+    assert "nothing is left to train" not in capsys.readouterr().out
+    simclr_tc2.main([*BASELINE, "--max-steps", "1"])
+    assert "complete at step 1: nothing is left to train" in capsys.readouterr().out
+
+    image_folder("d", size=(32, 32), n=64)
+    sentence = refused(capsys, simclr_tc2.main, [*BASELINE, "--data", "d", "--max-steps", "1"])
+    assert "(data fake -> d; " in sentence
+
+
+def test_a_number_out_of_range_and_a_batch_too_large_say_what_would_do(capsys):
+    sentence = refused(capsys, simclr_tc2.main, [*BASELINE, "--epochs", "-3"])
+    assert "'-3' is not a whole number of at least 1" in sentence
+    sentence = refused(capsys, simclr_tc2.main, [*BASELINE, "--batch-size", "9999"])
+    assert sentence.endswith("training images; lower it\n")
+    gessl = tiny("byol_gessl", "--out", "r", "--batch-size", "512", "--tasks", "2")
+    byol_gessl = importlib.import_module("byol_gessl")
+    assert refused(capsys, byol_gessl.main, gessl).endswith("lower it or --tasks\n")
+
+
+def test_no_label_of_a_picture_is_cut_off():
+    labels = ("original", "masked", "reconstruction", "calibrated")
+    common.draw_grid("grid.png", {label: torch.rand(8, 3, 32, 32) for label in labels})
+    picture = common.decode("grid.png")
+    for border in (picture[:, :, 0], picture[:, :, -1], picture[:, 0], picture[:, -1]):
+        assert (border == 255).all()
+
+
 @pytest.mark.parametrize("in_files", [False, True])
 def test_views_that_are_drawn_are_those_that_the_network_sees(in_files, monkeypatch):
     recipe = {**simclr_tc2.AUGMENTATION["imagenet"], "crop": (1, 1), "ratio": (1, 1), "flip": 0,
