@@ -34,6 +34,9 @@ mae="mae_tc2.py --data $out/subset $common --arch vit_micro --batch-size 64 --wa
 
 # Readings that the first round did not try.
 many="simclr_tc2.py ${simclr/128/512}"
+reading() {     # NAME: TC2 with another step
+  echo "results/readings.py $1 $simclr $(epochs 4)"
+}
 
 # Another base for each enhancement.
 byol_tc2="results/combinations.py byol tc2 $tiny --batch-size 128 --warmup-epochs 0.3
@@ -49,6 +52,8 @@ declare -A rows=(
   [simclr_4views_512]="$many --baseline --views 4 $(epochs 4)"
   [tc2_512]="$many $(epochs 4)"
   [tc2]="$tc2"
+  [tc2_support]="$(reading support)"
+  [tc2_features]="$(reading features)"
   [tc2_no_calibration]="$tc2 --without calibration"
   [byol]="byol_gessl.py $tiny $byol --baseline $(epochs 2)"
   [byol_large_batch]="$large $(epochs 2)"

@@ -73,8 +73,8 @@ LENGTHS = (1, 4, 16)
 LENGTH_ROWS = {
     "SimCLR and TC2": [
         "simclr_2views", "simclr_2views_equal_passes", "simclr_4views",
-        "simclr_4views_equal_passes", "simclr_t", "simclr_t_2", "tc2", "tc2_no_calibration",
-        "simclr_4views_512", "tc2_512"],
+        "simclr_4views_equal_passes", "simclr_t", "simclr_t_2", "tc2", "tc2_support",
+        "tc2_features", "tc2_no_calibration", "simclr_4views_512", "tc2_512"],
     "BYOL and GeSSL": [
         "byol", "byol_large_batch", "byol_large_batch_equal_passes", "gessl", "gessl_ssl_4",
         "lookahead"],
@@ -90,7 +90,8 @@ LENGTH_PAIRS = [
     ("tc2", "simclr_2views"), ("tc2", "simclr_4views"), ("tc2", "simclr_4views_equal_passes"),
     ("tc2", "simclr_2views_equal_passes"), ("simclr_4views", "simclr_2views"),
     ("simclr_t", "simclr_4views"), ("simclr_t_2", "simclr_2views"), ("tc2", "simclr_t"),
-    ("tc2_no_calibration", "tc2"), ("tc2_512", "simclr_4views_512"),
+    ("tc2_support", "tc2"), ("tc2_features", "tc2"), ("tc2_no_calibration", "tc2"),
+    ("tc2_512", "simclr_4views_512"),
     ("gessl", "byol"), ("gessl", "byol_large_batch"), ("gessl", "byol_large_batch_equal_passes"),
     ("gessl_ssl_4", "gessl"), ("lookahead", "gessl"),
     ("rownorm", "barlow"),
