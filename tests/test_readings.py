@@ -85,6 +85,12 @@ def test_several_processes_are_refused(capsys):
     assert "2 processes" in capsys.readouterr().err
 
 
+@each_reading
+def test_out_is_named_after_the_reading(reading):
+    args = make(reading, 0.1)[-1]
+    assert (args.out, args.script) == (f"runs/tc2_{reading}", f"tc2_{reading}")
+
+
 # ---- steps in float64 ----------------------------------------------------------------------------
 def make(reading, inner_lr):
     """(nets, plain gradient descent, views (4, 8, 3, 8, 8), args): two tasks of four images."""

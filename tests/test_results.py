@@ -568,12 +568,11 @@ def settings_of(line):
     name, *flags = line.split()
     if name == "results/combinations.py":
         return settings_of_combination(loaded(name), flags)
+    if name == "results/readings.py":
+        functions = loaded(name).replacements(flags[0])
+        return settings_after(loaded("simclr_tc2.py").parse_args(flags[1:]), functions)
     module = loaded(name)
-    args = module.parse_args(flags)
-    data = common.Data(args.data, range(50_000), None, [], None, 32, None, "")
-    module.fill_defaults(args, data, torch.device("cpu"))
-    module.check_args(args, data, 1)
-    return vars(args)
+    return settings_after(module.parse_args(flags), vars(module))
 
 
 def settings_of_combination(module, flags):
@@ -581,7 +580,11 @@ def settings_of_combination(module, flags):
     _, defaults = module.COMBINATIONS[pair]
     own, rest = module.own_flags(defaults, flags)
     functions = module.replacements(*pair, own)
-    args = module.BASES[pair[0]].parse_args([*rest, "--baseline"])
+    return settings_after(module.BASES[pair[0]].parse_args([*rest, "--baseline"]), functions)
+
+
+def settings_after(args, functions):
+    """All settings, after a script's own functions have filled and checked what was given."""
     data = common.Data(args.data, range(50_000), None, [], None, 32, None, "")
     functions["fill_defaults"](args, data, torch.device("cpu"))
     functions["check_args"](args, data, 1)
