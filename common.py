@@ -638,11 +638,18 @@ def random_boxes(u, height, width, scale, ratio):
 
 
 def crop_resize(x, boxes, size):
-    """Box i of image i, resized: x (n, 3, H, W), boxes (n, 4) -> (n, 3, size, size)."""
-    image = torch.arange(len(x), device=x.device, dtype=x.dtype)
-    top, left, h, w = boxes.unbind(1)
-    corners = torch.stack([image, left, top, left + w, top + h], dim=1)
-    return torchvision.ops.roi_align(x, corners, (size, size), aligned=True)
+    """Box i of image i, enlarged: x (n, 3, H, W), boxes (n, 4) -> (n, 3, size, size).
+
+    A box of more pixels than `size` would be sampled, not averaged; images in memory have none."""
+    top, left, h, w = boxes.T[..., None]
+    centre = (torch.arange(size, device=x.device) + 0.5) / size     # of the new pixels, 0 to 1
+    rows = (top + h * centre) / x.shape[2]                          # (n, size), 0 to 1
+    columns = (left + w * centre) / x.shape[3]
+
+    rows = rows[:, :, None].expand(-1, -1, size)
+    columns = columns[:, None, :].expand(-1, size, -1)
+    places = 2 * torch.stack([columns, rows], dim=3) - 1            # (n, size, size, 2), -1 to 1
+    return F.grid_sample(x, places, padding_mode="border", align_corners=False)
 
 
 def luma(x):
@@ -671,8 +678,8 @@ def hue(x, turn):
     low = x.amin(1)
     high = x.amax(1)
     chroma = (high - low).clamp(min=1e-6)
-    sextant = torch.where(high == g, (b - r) / chroma + 2, (r - g) / chroma + 4)
-    sextant = torch.where(high == r, (g - b) / chroma, sextant)
+    sextant = choose(high == g, (b - r) / chroma + 2, (r - g) / chroma + 4)
+    sextant = choose(high == r, (g - b) / chroma, sextant)
     angle = sextant / 6 + turn[:, None, None]
 
     # near: 1/2 at the channel's own hue, 0 at the opposite one. Two turns more: frac needs >= 0.
@@ -711,7 +718,7 @@ def augment(images, u, order, recipe, size=None):
     if size:
         boxes = random_boxes(box_draws, *x.shape[2:], recipe["crop"], recipe["ratio"])
         x = crop_resize(x, boxes, size)
-    x = torch.where(below(flip, recipe["flip"]), x.flip(3), x)
+    x = choose(below(flip, recipe["flip"]), x.flip(3), x)
 
     operations = (brightness, contrast, saturation, hue)
     jittered = jitter < recipe["jitter_p"]
@@ -724,12 +731,17 @@ def augment(images, u, order, recipe, size=None):
             x = operations[i](x, 1 + change)
 
     if recipe["gray_p"]:
-        x = torch.where(below(gray, recipe["gray_p"]), luma(x), x)
+        x = choose(below(gray, recipe["gray_p"]), luma(x), x)
     if recipe["blur_p"]:
         x = gaussian_blur(x, (0.1 + 1.9 * sigma) * (blur < recipe["blur_p"]))
     if recipe["solarize_p"]:
-        x = torch.where(below(solarize, recipe["solarize_p"]) & (x >= 0.5), 1 - x, x)
+        x = choose(below(solarize, recipe["solarize_p"]), torch.minimum(x, 1 - x), x)
     return normalize(x, recipe)
+
+
+def choose(condition, a, b):
+    """a where the condition holds, else b: torch.where, but four times as fast on a CPU."""
+    return torch.lerp(b, a, condition.to(b.dtype))
 
 
 def below(u, p):
