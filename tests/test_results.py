@@ -647,6 +647,40 @@ def test_the_script_of_lengths_gives_the_settings_of_its_logs(echo):
     assert count == len(there)
 
 
+def test_the_rows_for_a_gpu_are_the_recipes_at_equal_images_and_at_equal_passes(echo):
+    lines = echo("cifar10_gpu", ".data/cifar10", "runs", "3")
+    assert len(lines) == 2 * 13
+    found = {}
+    for train, evaluate in zip(lines[::2], lines[1::2]):
+        name, *flags = train.split()
+        settings = settings_of(train)
+        row = os.path.basename(settings["out"])
+        assert evaluate == f"eval_linear.py runs/gpu/seed3/{row}" and settings["seed"] == 3
+        recipe = loaded(name).RECIPES["small"]
+        changed = {key for key, value in recipe.items() if settings[key] != value}
+        allowed = {"epochs", "masks", "tasks"}
+        if row.startswith("byol"):
+            allowed |= {"batch_size", "ema_decay"}
+        assert changed <= allowed, (row, changed)
+        found[row] = settings
+    first = ["simclr_2views", "simclr_4views", "tc2", "byol_large_batch", "gessl"]
+    assert list(found)[:5] == first
+
+    per_image = {"simclr_2views": 2, "simclr_4views": 4, "tc2": 22 / 3, "byol_large_batch": 8 / 3,
+                 "gessl": 2 * (1 + 10 + 5 / 3 + 1), "mae_4masks": 4, "mae_tc2": 4 * 11 / 6}
+    for method, base in [("tc2", "simclr_4views"), ("gessl", "byol_large_batch"),
+                         ("mae_tc2", "mae_4masks")]:
+        assert found[method]["images_per_step"] == found[base]["images_per_step"]
+        assert found[method]["epochs"] == found[base]["epochs"] == 100
+        longer = found[f"{base}_equal_passes"]
+        assert set(key for key in longer if longer[key] != found[base][key]) == {"epochs", "out"}
+        ratio = longer["epochs"] * per_image[base] / (100 * per_image[method])
+        assert 1 <= ratio <= 1.01, (method, ratio)
+    chosen = echo("cifar10_gpu", ".data/cifar10", "runs", "0", "gessl", "mae")
+    assert [line.split()[0] for line in chosen] == ["byol_gessl.py", "eval_linear.py",
+                                                    "mae_tc2.py", "eval_linear.py"]
+
+
 def test_the_seeds_of_a_row_differ_in_nothing_else():
     for row in rows_in("cifar10_seeds/seed0"):
         settings = {}

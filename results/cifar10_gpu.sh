@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The rows that a GPU should make first, from the repository's root: ResNet-18, CIFAR-10, each
+# script's own recipe, 100 epochs. A run that was interrupted goes on, one that is done is only
+# evaluated again.
+#   results/cifar10_gpu.sh DATA OUT SEED [ROW ...]        all rows, most informative first, or these
+# DATA: class folders train/ and test/ of 32-px images, or cifar10, which is downloaded.
+set -euo pipefail
+data=$1 out=$2 seed=$3
+shift 3
+
+common="--data $data --seed $seed"
+simclr="simclr_tc2.py $common"
+# Eight mini-batches of 32 images are a step of GeSSL, one of 256 is BYOL's; 0.968 = 0.996^8.
+byol="byol_gessl.py $common --baseline --batch-size 256 --ema-decay 0.968"
+barlow="barlow_sparsehead.py $common"
+mae="mae_tc2.py $common"
+
+# Passes of a view or mask per image: SimCLR 2 and 4, TC2 7.3; BYOL 2.7, GeSSL 27.3; MAE 1 and 4,
+# TC2 7.3. Equal passes: as many as the method's, or up to 1 % more.
+rows="
+simclr_2views                 $simclr --baseline --epochs 100
+simclr_4views                 $simclr --baseline --views 4 --epochs 100
+tc2                           $simclr --epochs 100
+byol_large_batch              $byol --epochs 100
+gessl                         byol_gessl.py $common --epochs 100
+simclr_4views_equal_passes    $simclr --baseline --views 4 --epochs 184
+barlow                        $barlow --baseline --epochs 100
+rownorm                       $barlow --epochs 100
+mae                           $mae --baseline --epochs 100
+mae_4masks                    $mae --baseline --masks 4 --epochs 100
+mae_tc2                       $mae --epochs 100
+mae_4masks_equal_passes       $mae --baseline --masks 4 --epochs 184
+byol_large_batch_equal_passes $byol --epochs 1025
+"
+while read -r name command; do
+  [ -n "$name" ] || continue
+  [[ $# == 0 || " $* " == *" $name "* ]] || continue
+  run=$out/gpu/seed$seed/$name
+  python $command --out "$run" < /dev/null
+  python eval_linear.py "$run" < /dev/null
+done <<< "$rows"
