@@ -54,6 +54,7 @@ declare -A rows=(
   [tc2]="$tc2"
   [tc2_support]="$(reading support)"
   [tc2_features]="$(reading features)"
+  [tc2_without_skip]="$tc2 --without skip"
   [tc2_no_calibration]="$tc2 --without calibration"
   [byol]="byol_gessl.py $tiny $byol --baseline $(epochs 2)"
   [byol_large_batch]="$large $(epochs 2)"
@@ -72,6 +73,8 @@ declare -A rows=(
   [barlow_tc2]="${barlow/barlow_sparsehead.py/results/combinations.py barlow tc2} $(epochs 4)"
   [barlow_equal_passes]="$barlow --baseline $(epochs 11)"
   [simclr_sparsehead]="results/combinations.py simclr sparsehead $simclr $(epochs 4)"
+  [simclr_sparsehead_strong]="results/combinations.py simclr sparsehead $simclr $(epochs 4)
+    --lambda-sparse 0.1"
   [simclr_gessl]="results/combinations.py simclr gessl ${simclr/128/64} --tasks 2 $(epochs 4)"
   [simclr_2views_equal_gessl]="$two $(epochs 26)"
   [seen_simclr_4views]="$four $(epochs 4) --data $out/seen"
