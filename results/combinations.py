@@ -19,7 +19,8 @@ and before them those of the enhancement:
   pcgrad, gradvac, graddrop  --tasks 2
 
 A run leaves what the base script leaves, in runs/BASE_ENHANCEMENT, and goes on if it is stopped.
-One process. None of these was tuned, and no accuracy is claimed.
+One process. None of these was tuned. results/README.md has rows of four of them, which say what
+was gained, not what could be.
 
   TC2, GeSSL, SparseHead   see simclr_tc2.py, byol_gessl.py, barlow_sparsehead.py
   PCGrad                   Yu et al. 2020, arXiv 2001.06782, Algorithm 1

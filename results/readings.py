@@ -2,9 +2,9 @@
 
   python results/readings.py READING [flags of simclr_tc2.py]
 
-  support    The encoder follows the support loss too. Algorithm 1 says "Update f_theta via Eq. 6
-             and Eq. 7"; the script takes Eq. 6 for a means to Eq. 7, which alone moves theta.
-             Here theta moves by both: mean_k [grad L_query(theta_k) + grad L_support(theta)].
+  support    The encoder follows the support loss too. Algorithm 1 says "Update SSL model f_theta
+             via Eq. 6 and Eq. 7"; the script takes Eq. 6 for a means to Eq. 7, which alone moves
+             theta. Here theta moves by mean_k [grad L_query(theta_k) + grad L_support(theta)].
   features   f_v and f_w calibrate the backbone's features h, which stay, in place of the
              projections z, which are thrown away after training: z_hat = projector(f_w(h) V^T).
 

@@ -74,7 +74,7 @@ LENGTH_ROWS = {
     "SimCLR and TC2": [
         "simclr_2views", "simclr_2views_equal_passes", "simclr_4views",
         "simclr_4views_equal_passes", "simclr_t", "simclr_t_2", "tc2", "tc2_support",
-        "tc2_features", "tc2_no_calibration", "simclr_4views_512", "tc2_512"],
+        "tc2_features", "tc2_without_skip", "tc2_no_calibration", "simclr_4views_512", "tc2_512"],
     "BYOL and GeSSL": [
         "byol", "byol_large_batch", "byol_large_batch_equal_passes", "gessl", "gessl_ssl_4",
         "lookahead"],
@@ -82,7 +82,8 @@ LENGTH_ROWS = {
     "MAE and TC2": ["mae", "mae_2masks", "mae_equal_passes", "mae_tc2"],
     "Other bases": [
         "byol_large_batch_4epochs", "byol_tc2", "barlow_equal_passes", "barlow_tc2",
-        "simclr_sparsehead", "simclr_gessl", "simclr_2views_equal_gessl"],
+        "simclr_sparsehead", "simclr_sparsehead_strong", "simclr_gessl",
+        "simclr_2views_equal_gessl"],
     "Unseen classes": [
         "seen_simclr_4views", "seen_simclr_4views_equal_passes", "seen_simclr_t", "seen_tc2"],
 }
@@ -90,7 +91,8 @@ LENGTH_PAIRS = [
     ("tc2", "simclr_2views"), ("tc2", "simclr_4views"), ("tc2", "simclr_4views_equal_passes"),
     ("tc2", "simclr_2views_equal_passes"), ("simclr_4views", "simclr_2views"),
     ("simclr_t", "simclr_4views"), ("simclr_t_2", "simclr_2views"), ("tc2", "simclr_t"),
-    ("tc2_support", "tc2"), ("tc2_features", "tc2"), ("tc2_no_calibration", "tc2"),
+    ("tc2_support", "tc2"), ("tc2_features", "tc2"), ("tc2_without_skip", "tc2"),
+    ("tc2_no_calibration", "tc2"),
     ("tc2_512", "simclr_4views_512"),
     ("gessl", "byol"), ("gessl", "byol_large_batch"), ("gessl", "byol_large_batch_equal_passes"),
     ("gessl_ssl_4", "gessl"), ("lookahead", "gessl"),
@@ -98,13 +100,14 @@ LENGTH_PAIRS = [
     ("mae_tc2", "mae"), ("mae_tc2", "mae_2masks"), ("mae_tc2", "mae_equal_passes"),
     ("byol_tc2", "byol_large_batch_4epochs"), ("byol_tc2", "byol_large_batch_equal_passes"),
     ("barlow_tc2", "barlow"), ("barlow_tc2", "barlow_equal_passes"),
-    ("simclr_sparsehead", "simclr_2views"),
+    ("simclr_sparsehead", "simclr_2views"), ("simclr_sparsehead_strong", "simclr_2views"),
     ("simclr_gessl", "simclr_2views"), ("simclr_gessl", "simclr_2views_equal_gessl"),
     ("seen_tc2", "seen_simclr_4views"), ("seen_tc2", "seen_simclr_4views_equal_passes"),
     ("seen_tc2", "seen_simclr_t"),
 ]
 
-# The papers' gains: method, base at equal images, at equal passes, source, linear, 5-NN.
+# The papers' gains: method, base at equal images, at equal passes, source, linear, 5-NN. BYOL has
+# two bases at equal images: batches of a task's size, and of a step's, which has as many steps.
 LENGTH_CLAIMS = [
     ("tc2", "simclr_2views", "simclr_4views_equal_passes", "TC2 Table 5, CIFAR-10", 2.04, 3.33),
     ("byol_tc2", "byol_large_batch_4epochs", "byol_large_batch_equal_passes",
@@ -114,9 +117,13 @@ LENGTH_CLAIMS = [
     ("mae_tc2", "mae", "mae_equal_passes", "TC2 Table 6, ImageNet, fine-tuned ViT-B", 2.6, None),
     ("gessl", "byol", "byol_large_batch_equal_passes", "GeSSL Table 21, STL-10", 2.6,
      None),
+    ("gessl", "byol_large_batch", "byol_large_batch_equal_passes", "GeSSL Table 21, STL-10", 2.6,
+     None),
     ("simclr_gessl", "simclr_2views", "simclr_2views_equal_gessl", "GeSSL Table 21, STL-10",
      93.1 - 90.5, None),
     ("simclr_sparsehead", "simclr_2views", "simclr_2views", "SparseHead Table 1, CIFAR-10",
+     92.75 - 91.80, 90.32 - 88.42),
+    ("simclr_sparsehead_strong", "simclr_2views", "simclr_2views", "SparseHead Table 1, CIFAR-10",
      92.75 - 91.80, 90.32 - 88.42),
     ("rownorm", "barlow", "barlow", "SparseHead Table 1, CIFAR-10", 0.40, 1.09),
 ]
@@ -322,6 +329,14 @@ def own_accuracies(run):
     return [run.found[run.settings["data"], *key] for key in ACCURACIES]
 
 
+def transfer(run):
+    """Of a row seen_*: linear on its own classes; linear, 5-NN, few-shot on the five others."""
+    own, others = run.settings["data"], judged_on(run)
+    few = [run.found[others, "fewshot", f"5way_{k}shot_logistic"] for k in (1, 5)]
+    return [run.found[own, "linear", "top1"], run.found[others, "linear", "top1"],
+            run.found[others, "knn", "k5_euclidean"], *few]
+
+
 def cosines(run):
     """Cosine between the tasks' gradients, on z, at each evaluation. [TC2 Fig. 1b/c]"""
     return [line["conflict_cos_raw"] for _, line in run.conflict]
@@ -393,15 +408,19 @@ def columns(rows):
     return list(zip(*rows))
 
 
+def paired(a, b, measure, where="cifar10_seeds"):
+    """{seed: the differences a - b of the numbers `measure(run)`}."""
+    first, second = seeds(a, where), seeds(b, where)
+    found = {}
+    for seed in sorted(set(first) & set(second)):
+        pairs = zip(measure(first[seed]), measure(second[seed]))
+        found[seed] = [x - y for x, y in pairs]
+    return found
+
+
 def differences(a, b, measure, where="cifar10_seeds"):
     """Paired differences a - b of the numbers `measure(run)`: one column per number."""
-    first, second = seeds(a, where), seeds(b, where)
-    both = sorted(set(first) & set(second))
-    rows = []
-    for seed in both:
-        pairs = zip(measure(first[seed]), measure(second[seed]))
-        rows.append([x - y for x, y in pairs])
-    return columns(rows)
+    return columns(paired(a, b, measure, where).values())
 
 
 def difference_row(a, b, measure, digits=1):
@@ -581,8 +600,39 @@ def length_difference_table():
     for (a, b, length, rows), p in zip(found, p_values):
         cells = [f"`{a}` - `{b}`", str(length), str(len(rows[0]))]
         cells += [interval(column) for column in rows]
-        lines.append([*cells, f"{p:.2f}"])
+        lines.append([*cells, p_cell(p)])
     return table(["difference", "length", "seeds", *BOTH_HEAD, "p, Holm"], lines)
+
+
+def single_difference_table():
+    """Differences of the pairs that have one seed in common: without an interval."""
+    lines = []
+    for a, b in LENGTH_PAIRS:
+        for length in LENGTHS:
+            rows = differences(a, b, both_probes, at_length(length))
+            if rows and len(rows[0]) == 1:
+                lines.append([f"`{a}` - `{b}`", str(length), *map(interval, rows)])
+    return table(["difference", "length", *BOTH_HEAD], lines)
+
+
+def transfer_table():
+    """Rows trained on five classes, on these and on five others, and their differences."""
+    names = LENGTH_ROWS["Unseen classes"]
+    rows = []
+    for length in LENGTHS:
+        where = at_length(length)
+        for name in names:
+            runs = list(seeds(name, where).values())
+            if runs:
+                cells = [spread(column) for column in columns(map(transfer, runs))]
+                rows.append([f"`{name}`", str(length), str(len(runs)), *cells])
+        for a, b in LENGTH_PAIRS:
+            found = differences(a, b, transfer, where) if a in names else []
+            if found:
+                cells = [str(length), str(len(found[0])), *map(interval, found)]
+                rows.append([f"`{a}` - `{b}`", *cells])
+    head = ["row", "length", "seeds", "linear, seen", "linear, unseen", "5-NN, unseen"]
+    return table([*head, "1-shot, unseen", "5-shot, unseen"], rows)
 
 
 def length_visible(base, length, n):
@@ -597,28 +647,69 @@ def length_visible(base, length, n):
     return FOUND[n] * (statistics.mean(variances) / n) ** 0.5
 
 
-def length_claim_table():
-    """The papers' gains beside ours at equal images and at equal passes, at the largest length."""
-    lines = []
-    for method, equal_images, equal_passes, source, linear, knn in LENGTH_CLAIMS:
-        for length in reversed(LENGTHS):
+def p_cell(p):
+    return "< 0.01" if p < 0.01 else f"{p:.2f}"
+
+
+def length_claims():
+    """[(claim, length, columns at equal images, at equal passes)], from three seeds on."""
+    found = []
+    for claim in LENGTH_CLAIMS:
+        method, equal_images, equal_passes = claim[:3]
+        for length in LENGTHS:
             where = at_length(length)
             at_images = differences(method, equal_images, both_probes, where)
             at_passes = differences(method, equal_passes, both_probes, where)
-            if at_images and at_passes and len(at_passes[0]) > 2:
-                break
-        else:
-            continue
+            if at_images and at_passes and min(len(at_images[0]), len(at_passes[0])) > 2:
+                found.append((claim, length, at_images, at_passes))
+    return found
+
+
+def length_claim_table():
+    """The papers' gains beside ours at equal images and at equal passes.
+
+    The p-values, of `linear`, are corrected for all comparisons of this table: those at equal
+    passes follow those at equal images, but where the two are one."""
+    found = length_claims()
+    p_values = [student_p(at_images[0]) for _, _, at_images, _ in found]
+    p_values += [student_p(at_passes[0]) for claim, _, _, at_passes in found
+                 if claim[1] != claim[2]]
+    corrected = iter(holm(p_values))
+    p_images = [next(corrected) for _ in found]
+    p_passes = [p if claim[1] == claim[2] else next(corrected)
+                for (claim, *_), p in zip(found, p_images)]
+
+    lines = []
+    for i, (claim, length, at_images, at_passes) in enumerate(found):
+        method, equal_images, _, source, linear, knn = claim
         n = min(len(at_images[0]), len(at_passes[0]))
         visible = length_visible(equal_images, length, n)
         claimed = "" if knn is None else f"{knn:+.2f}"
         lines.append([
             source, f"`{method}` - `{equal_images}`", str(length), str(n),
-            f"{linear:+.2f}", interval(at_images[0]), interval(at_passes[0]), f"{visible:.1f}",
+            f"{linear:+.2f}", interval(at_images[0]), p_cell(p_images[i]), interval(at_passes[0]),
+            p_cell(p_passes[i]), f"{visible:.1f}",
             claimed, interval(at_images[2]), interval(at_passes[2])])
-    head = ["claim", "difference", "length", "seeds"]
-    head += ["linear, paper", "equal images", "equal passes", "visible"]
-    return table(head + ["5-NN, paper", "equal images", "equal passes"], lines)
+    head = ["claim", "difference", "length", "seeds", "linear, paper", "linear, equal images", "p",
+            "linear, equal passes", "p", "visible"]
+    return table(head + ["5-NN, paper", "5-NN, equal images", "5-NN, equal passes"], lines)
+
+
+def length_change_table():
+    """How the paired differences change from one length to another, at the seeds of both."""
+    lines = []
+    for a, b in LENGTH_PAIRS:
+        for short, long in ((1, 4), (4, 16)):
+            before = paired(a, b, both_probes, at_length(short))
+            after = paired(a, b, both_probes, at_length(long))
+            common = sorted(set(before) & set(after))
+            rows = []
+            for seed in common:
+                rows.append([y - x for x, y in zip(before[seed], after[seed])])
+            if len(rows) > 1:
+                cells = [f"{short} to {long}", str(len(rows)), *map(interval, columns(rows))]
+                lines.append([f"`{a}` - `{b}`", *cells])
+    return table(["difference", "length", "seeds", *BOTH_HEAD], lines)
 
 
 # ---- further tables ------------------------------------------------------------------------------
@@ -688,12 +779,15 @@ def all_protocols_table():
 
 def all_tables():
     """[(title, lines)], in the order of the page."""
-    tables = [("The claims at the largest length", length_claim_table()),
-              ("Differences over lengths", length_difference_table())]
+    tables = [("The claims, second round", length_claim_table()),
+              ("Change with length", length_change_table()),
+              ("Differences over lengths", length_difference_table()),
+              ("Differences of a single seed", single_difference_table())]
     for title in LENGTH_ROWS:
         lines = length_table(title)
         if len(lines) > 2:                          # some rows have run
             tables.append((f"{title}, over lengths", lines))
+    tables.append(("Transfer to unseen classes", transfer_table()))
     tables += [("What the papers claim", claim_table()), ("Differences", difference_table())]
     tables += [(title, seed_table(title)) for title in SEEDS]
     tables += [("Seen classes", seen_table()), ("Task conflict", conflict_table()),
