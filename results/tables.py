@@ -831,11 +831,13 @@ def lengths_figure(path):
                 cost, low, mean, high = columns(points)
                 axis.plot(cost, mean, "o-", color=colour, label=label)
                 axis.vlines(cost, low, high, color=colour)
-        axis.set_xscale("log")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set(title=title, xlabel="thousand forward-backward passes", ylabel="linear top-1 (%)")
         if axis.lines:
-            axis.legend(fontsize="small")
-    figure.suptitle("each point a training with its own schedule: mean and range over the seeds")
+            axis.legend(fontsize="small", loc="upper left")
+    figure.suptitle("each point a training with its own schedule: mean and range over the seeds, "
+                    "no range: one seed")
     figure.savefig(path, dpi=110)
 
 

@@ -321,6 +321,25 @@ def test_claims_over_lengths_stand_beside_the_differences_of_the_logs():
     check_holm(printed, p_values)
 
 
+def test_the_share_of_passes_with_which_simclr_equals_tc2_is_read_off_the_curve():
+    def point(row, length):
+        """(thousand passes, mean accuracy)"""
+        accuracies = length_accuracies(row, length, length_folders(row, length))
+        return length_cost(row, length), accuracies[:, 0].mean()
+
+    rows = ("simclr_2views", "simclr_2views_equal_passes", "simclr_2views_equal_gessl")
+    there = [(row, length) for row in rows for length in ("1", "4", "16")
+             if length_folders(row, length)]
+    passes, accuracy = zip(*sorted(point(row, length) for row, length in there))
+    assert list(accuracy) == sorted(accuracy)
+    sentence = re.search(r"with ([\d., and]+) of\s+TC2's passes", source("results/README.md"))[1]
+    shares = re.findall(r"\d\.\d+", sentence)
+    for share, length in zip(shares, ("1", "4", "16"), strict=True):
+        cost, reached = point("tc2", length)
+        needed = np.exp(np.interp(reached, accuracy, np.log(passes)))
+        assert abs(needed / cost - float(share)) <= 0.005, (length, needed / cost)
+
+
 def check_holm(printed, p_values):
     """Holm: p_i times the number of p-values that are not smaller, and monotone."""
     for cell, p in zip(printed, p_values, strict=True):
