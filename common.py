@@ -740,7 +740,7 @@ def augment(images, u, order, recipe, size=None):
 
 
 def choose(condition, a, b):
-    """a where the condition holds, else b: torch.where, but four times as fast on a CPU."""
+    """a where the condition holds, else b, both finite: faster than torch.where on a CPU."""
     return torch.lerp(b, a, condition.to(b.dtype))
 
 

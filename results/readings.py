@@ -28,12 +28,17 @@ from simclr_tc2 import (FactorNet, WeightNet, add_gradient, batch_summary, calib
                         calibration_health, embed, info_nce, inner_step, query_loss,
                         relative_change, update_factors)
 
+# The originals, since `main` puts others in the places of these names.
+script_nets = simclr_tc2.build_nets
+script_step = simclr_tc2.train_step
+
 
 # ---- support: the encoder follows Eq. 6 too ------------------------------------------------------
 def support_step(nets, opts, views, args, progress):
-    """simclr_tc2.train_step, where each inner step also leaves its gradient, divided by K, with
-    theta. [TC2 Algorithm 1, line 5]"""
-    def inner_step(theta, loss, beta_1, second_order):
+    """simclr_tc2.train_step, where theta also collects each inner step's gradient, divided by K.
+
+    [TC2 Algorithm 1, line 5]"""
+    def inner_step_and_gradient(theta, loss, beta_1, second_order):
         grads = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
         theta_k = {}
         for (name, p), g in zip(theta.items(), grads):
@@ -42,11 +47,8 @@ def support_step(nets, opts, views, args, progress):
             p.grad = share if p.grad is None else p.grad + share
         return theta_k
 
-    with mock.patch.object(simclr_tc2, "inner_step", inner_step):
+    with mock.patch.object(simclr_tc2, "inner_step", inner_step_and_gradient):
         return script_step(nets, opts, views, args, progress)
-
-
-script_step = simclr_tc2.train_step     # main puts another one in its place
 
 
 # ---- features: h is calibrated, not z ------------------------------------------------------------
@@ -118,9 +120,6 @@ def build_features_nets(args):
     nets["factor_net"] = FactorNet(d_h, d_h // 2)
     nets["weight_net"] = WeightNet(d_h, d_h // 2)
     return nets
-
-
-script_nets = simclr_tc2.build_nets
 
 
 def diagnose_features(nets, views, args):

@@ -92,8 +92,7 @@ LENGTH_PAIRS = [
     ("tc2", "simclr_2views_equal_passes"), ("simclr_4views", "simclr_2views"),
     ("simclr_t", "simclr_4views"), ("simclr_t_2", "simclr_2views"), ("tc2", "simclr_t"),
     ("tc2_support", "tc2"), ("tc2_features", "tc2"), ("tc2_without_skip", "tc2"),
-    ("tc2_no_calibration", "tc2"),
-    ("tc2_512", "simclr_4views_512"),
+    ("tc2_no_calibration", "tc2"), ("tc2_512", "simclr_4views_512"),
     ("gessl", "byol"), ("gessl", "byol_large_batch"), ("gessl", "byol_large_batch_equal_passes"),
     ("gessl_ssl_4", "gessl"), ("lookahead", "gessl"),
     ("rownorm", "barlow"),
@@ -668,27 +667,26 @@ def length_claims():
 def length_claim_table():
     """The papers' gains beside ours at equal images and at equal passes.
 
-    The p-values, of `linear`, are corrected for all comparisons of this table: those at equal
-    passes follow those at equal images, but where the two are one."""
+    The p-values, of `linear`, are corrected for this table's comparisons, each counted once."""
     found = length_claims()
-    p_values = [student_p(at_images[0]) for _, _, at_images, _ in found]
-    p_values += [student_p(at_passes[0]) for claim, _, _, at_passes in found
-                 if claim[1] != claim[2]]
-    corrected = iter(holm(p_values))
-    p_images = [next(corrected) for _ in found]
-    p_passes = [p if claim[1] == claim[2] else next(corrected)
-                for (claim, *_), p in zip(found, p_images)]
+    compared = {}
+    for (method, equal_images, equal_passes, *_), length, at_images, at_passes in found:
+        compared[method, equal_images, length] = at_images[0]
+        compared[method, equal_passes, length] = at_passes[0]
+    corrected = holm([student_p(column) for column in compared.values()])
+    p_of = dict(zip(compared, corrected))
 
     lines = []
-    for i, (claim, length, at_images, at_passes) in enumerate(found):
-        method, equal_images, _, source, linear, knn = claim
+    for claim, length, at_images, at_passes in found:
+        method, equal_images, equal_passes, source, linear, knn = claim
         n = min(len(at_images[0]), len(at_passes[0]))
         visible = length_visible(equal_images, length, n)
         claimed = "" if knn is None else f"{knn:+.2f}"
         lines.append([
             source, f"`{method}` - `{equal_images}`", str(length), str(n),
-            f"{linear:+.2f}", interval(at_images[0]), p_cell(p_images[i]), interval(at_passes[0]),
-            p_cell(p_passes[i]), f"{visible:.1f}",
+            f"{linear:+.2f}",
+            interval(at_images[0]), p_cell(p_of[method, equal_images, length]),
+            interval(at_passes[0]), p_cell(p_of[method, equal_passes, length]), f"{visible:.1f}",
             claimed, interval(at_images[2]), interval(at_passes[2])])
     head = ["claim", "difference", "length", "seeds", "linear, paper", "linear, equal images", "p",
             "linear, equal passes", "p", "visible"]
