@@ -84,7 +84,7 @@ RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 4, "batch_size": 32, "lr": 5e-3,
                "weight_decay": 1e-4, "warmup_epochs": 0.5, "eval_every": 1,
                "tasks": 2, "target_steps": 3, "inner_lr": 0.005,
-               "temperature": 0.2, "ema_decay": 0.5, "hidden": 256, "dim": 128},
+               "temperature": 0.2, "ema_decay": 0.9, "hidden": 256, "dim": 128},
     "small": {"arch": "resnet18", "epochs": 200, "batch_size": 32, "lr": 2e-3,
               "weight_decay": 1e-4, "warmup_epochs": 5.0, "eval_every": 10,
               "tasks": 8, "target_steps": 10, "inner_lr": 0.02,
