@@ -40,12 +40,13 @@ z = r, as in the paper's Fig. 1a.
 Result (results/sparsehead.md): at CPU scale few columns carry the accuracy of the baseline, without
 a gain; not run at ImageNet scale.
 
-Deviations from the paper (evidence in results/sparsehead.md): (1) the default penalises W with unit
-rows, not W. (2) lambda = 0.3 for it: 1e-4 changes nothing. (3) One W for all batches, trained with
-theta, where Eqs. 12-13 have a W^t for each (--penalty bilevel). (4) Groups are columns, by the
-support in Section 5.2; a smaller "dimensionality of the embedding" (Section 5.3) would need rows.
-(5) No weight decay on W. (6) What "sparse" means is counted: columns below 1e-3 of the largest, and
-exact zeros. (7) Adam at every scale, not Barlow Twins' LARS.
+Deviations from the paper, numbered as in results/sparsehead.md, where the evidence stands and the
+rest: (1) The default penalises W with unit rows, not W. (2) lambda = 0.3 for it: 1e-4 changes
+nothing. (3) One W for all batches, trained with theta, where Eqs. 12-13 have a W^t for each
+(--penalty bilevel). (4) Groups are columns, by the support in Section 5.2; a smaller
+"dimensionality of the embedding" (Section 5.3) would need rows. (5) What "sparse" means is counted:
+columns below 1e-3 of the largest, and exact zeros. (6) No weight decay on W. (8) Adam at every
+scale, not Barlow Twins' LARS.
 """
 import math
 import sys
@@ -101,6 +102,7 @@ LIMITS = {"rescaling": (0.5, "most of the penalty's gradient rescales rows of W,
 def build_nets(args):
     """Backbone and projector; projector.live_columns (H,) says which inputs its last layer uses.
 
+    `train_step` writes this buffer, for those who load the head from last.pt.
     [SparseHead Section 4, Section 7.1]"""
     backbone, feature_dim = make_backbone(args.arch, args.image_size)
     if args.head == "mlp":
@@ -115,8 +117,8 @@ def build_nets(args):
         head[0].weight.requires_grad_(False)
 
     projector = nn.Sequential(*head)
-    everything = torch.ones(head[-1].in_features, dtype=torch.bool)
-    projector.register_buffer("live_columns", everything)
+    all_live = torch.ones(head[-1].in_features, dtype=torch.bool)
+    projector.register_buffer("live_columns", all_live)
     return nn.ModuleDict({"backbone": backbone, "projector": projector})
 
 
@@ -200,7 +202,7 @@ def row_normalize(W):
 
 
 def sparse_penalty(W, penalty):
-    """L2,1 of W (plain), else of W with unit rows; prox and bilevel only log it.
+    """L2,1 of W (plain), or of W with unit rows (rownorm, and where it is only logged).
 
     [SparseHead Eqs. 12-13]"""
     if penalty == "plain":
@@ -220,7 +222,7 @@ def prox_l21(W, threshold):
 def batch_head(W, u, args):
     """W^t (m, H), a head for one batch: proximal gradient steps from W, theta fixed.
 
-    u (2, n, H): the inputs of the last layer. Rows go back to unit norm, since the loss does not
+    u (2, n, H): the inputs of the last layer. Rows are set to unit norm, since the loss does not
     see their scale. The result has no graph. [SparseHead Eq. 13]"""
     u1, u2 = u.detach()
     W_t = W.detach()
@@ -259,6 +261,7 @@ def rescaling_share(W):
 
     1: a small step on the penalty changes nothing that the loss can see. The gradient of rownorm's
     penalty would give 0."""
+    # The part of a row's gradient that lies along the row changes the row's length alone.
     gradient = W / column_norms(W).clamp(min=1e-12)
     along_rows = (gradient * row_normalize(W)).sum(1)
     return along_rows.square().sum() / gradient.square().sum().clamp(min=1e-12)
@@ -276,7 +279,7 @@ def train_step(nets, opts, views, args, progress):
     rescaling     plain: the part of the penalty's gradient that the loss does not see, see
                   `rescaling_share`
     batch_columns, support_change   bilevel: share of columns live in W^t; share live in one of W
-                  and W^t alone: does the support depend on the batch?
+                  and W^t alone, W after it has followed: in the main those that W^t has dropped
 
     progress, the share of the training done, is not used: it is for methods that change with it.
 
@@ -285,7 +288,7 @@ def train_step(nets, opts, views, args, progress):
     W = nets["projector"][-1].weight
     _, u, z = embed(nets, views, args)
     if args.penalty == "bilevel":
-        # Eq. 13. No gradient reaches W: it follows W_t below.
+        # Eq. 13: z at W_t in place of W, which gets no gradient and follows W_t below.
         W_t = batch_head(W, u, args)
         z = u @ W_t.T
     z1, z2 = z
@@ -325,7 +328,7 @@ def train_step(nets, opts, views, args, progress):
 
 # ---- what is measured at evaluations -------------------------------------------------------------
 def diagnose(nets, views, args):
-    """rank_r, rank_z: effective ranks of representation and embedding of the last batch.
+    """rank_r, rank_z: effective ranks of representation and embedding, first view, last batch.
 
     [SparseHead Figs. 1 and 3]"""
     with torch.no_grad(), batch_stats_only(nets):
@@ -343,7 +346,7 @@ def parse_args(argv=None):
     add("--head", choices=("mlp", "linear", "none"), default="mlp",
         help="mlp: two layers with BatchNorm and ReLU, as in the paper (default); linear: one "
         "layer; none: z = r, with --baseline")
-    add("--dim", type=number(int, 2), help="m, width of the embedding")
+    add("--dim", type=number(int, 2), help="m, width of the embedding; none: that of r")
     add("--hidden", type=number(int, 2), help="H, width of the hidden layer of the mlp head")
     add("--penalty", choices=("rownorm", "prox", "plain", "bilevel"), default="rownorm",
         help="rownorm: L2,1 of W with unit rows (default); prox: after each step columns are "

@@ -38,12 +38,12 @@ of one outer step [GeSSL Table 22] | `--lookahead` the same inner loop without t
 Result (results/gessl.md): at CPU scale GeSSL trains, does not collapse, and does not beat BYOL;
 not run at ImageNet scale.
 
-Deviations from the paper (evidence in results/gessl.md):
-(1) pi is a softmax over the N anchors of BYOL's loss: a learned head does not train. Appendix C
-also speaks of N binary problems: --outer-loss bernoulli. (2) BYOL's gradient is added to Eq. 4;
---ssl-weight 0 undoes it. (3) Eqs. 3 and 4 are means, not sums. (4) Eqs. 18-21 are printed for two
-variables; here one, theta, starts the inner loop and is adapted by it. (5) The difference of Eq. 21
-is taken backward: the forward one diverges. (6) AdamW, not SGD. (7) Two views of an image, where
+Deviations from the paper, numbered as in results/gessl.md, where the evidence stands and the rest:
+(1) pi is a softmax over the N anchors of BYOL's loss: a learned head does not train. (2) Appendix C
+also speaks of N binary problems: --outer-loss bernoulli. (3) BYOL's gradient is added to Eq. 4;
+--ssl-weight 0 undoes it. (4) Eqs. 18-21 are printed for two variables; here one, theta, starts the
+inner loop and is adapted by it. (5) The difference of Eq. 21 is taken backward: the forward one
+diverges. (7) AdamW, not SGD. (8) Eqs. 3 and 4 are means, not sums. (9) Two views of an image, where
 Appendix C augments it 5 times.
 """
 import copy

@@ -19,13 +19,13 @@ One step, [TC2 Algorithm 1]:
   paper             here                       shape, meaning
   X_tr, x^2; K      tasks; --tasks             (K, n, 3, H, W): this process's images, whole
   x^1; m            orders; --masks            (K, m, n, L) order of the L patches, T are visible
-  support, query    [:half], [half:]           the first and the last m / 2 masks
+  support, query    [:half], [half:]           the first m // 2 masks, and the others
   f_theta           autoencoder                encoder and decoder
   z_j               Z                          (K, m, n, 1 + T, d) tokens, mean 0, norm sqrt(d);
                                                d: the decoder's width
   S                 S                          (d + 1, d) mean, then covariance, of all tokens
   f_v, V            factor_net, V              (d, n_f) columns: factors shared by all tasks
-  f_w, W_j          weight_net, W              (..., n_f) weights of one token
+  f_w, W_j          weight_net, W              (..., n_f) f_w(z_j), the weights of one token
   f_w(z_j) V^T      z_hat                      (..., d) goes to the decoder, scaled back
   L_ssl, L_sse      reconstruction_loss        mean squared error of the masked patches
   alpha_1..4        TC2_LR                     one Adam for f_v and f_w
@@ -35,20 +35,21 @@ One step, [TC2 Algorithm 1]:
   python mae_tc2.py --data /imagenet100                        one GPU; plain MAE: --baseline
   torchrun --nproc-per-node 4 mae_tc2.py --data /imagenet100   whole tasks: 8 need --tasks 8
 
-Controls: `--baseline --masks 4` MAE at equal masks | `--baseline` with more `--epochs` at equal
-compute | `--inner-lr 0` no inner loop | `--without calibration` plain first-order MAML.
+Controls: `--baseline --masks 4` MAE at equal masks (drawn shapes: 2) | `--baseline` with more
+`--epochs` at equal compute | `--inner-lr 0` no inner loop | `--without calibration` plain
+first-order MAML.
 
 Result (results/mae.md): at CPU scale TC2 trains, and does not beat MAE at equal images or at equal
 compute; not run at ImageNet scale.
 
 Deviations from the papers (evidence in results/mae.md). As in simclr_tc2.py: (1) V is orthonormal
-by QR. (2) f_w has a skip path z V. (5) Eq. 7 is first order by default. (6) Eqs. 1-2 are means.
-(7) n_f = d / 2. Here alone: (8) Tokens are calibrated one by one, not the image's vector: the
-decoder has to see z_hat. (9) Tokens are standardised before calibration and scaled back after it.
-(10) L_sse is MAE's mean, the sum divided by the number of pixels. (11) The whole image is the
-target, not in the support set: it has no masked patch. (12) f_v and f_w learn through the decoder
-as it is. (13) On 8 x 8 patches the frequencies of the positions end near 1 / 30, not near 1e-4.
-(14) Raw pixels as target on drawn shapes.
+by QR. (2) f_w has a skip path z V. (5) Eq. 7 is first order by default. (6) Eqs. 1-2 are means
+over samples, Eq. 7 over tasks. (7) n_f = d / 2. Here alone: (8) Tokens are calibrated one by one,
+not the image's vector: the decoder has to see z_hat. (9) Tokens are standardised before
+calibration and scaled back after it. (10) L_sse is MAE's mean, the sum divided by the number of
+pixels. (11) The whole image is the target, not in the support set: it has no masked patch. (12) f_v
+and f_w learn through the decoder as it is. (13) Up to 96 px the frequencies of the positions end
+near 1 / 30, not near 1e-4. (14) Raw pixels as target on drawn shapes.
 """
 import argparse
 import contextlib
@@ -67,7 +68,7 @@ from common import (SMALL, Log, all_reduce_sum, average_gradients, base_parser, 
                     save_run, set_lr, setup_processes, to_device, training_batches, world_size)
 
 SCRIPT = "mae_tc2"
-TC2_LR = 3e-3                                   # alpha_1 .. alpha_4; the paper states none
+TC2_LR = 3e-3           # alpha_1 .. alpha_4 at the peak of the schedule; the paper states none
 
 # Width, blocks, heads of the encoder; width, blocks of the decoder, whose heads are 32 wide.
 ARCHS = {"vit_micro": (96, 2, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
@@ -82,8 +83,9 @@ WEAK = {"crop": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5, "jitter": (0, 
 IMAGENET = {**WEAK, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 AUGMENTATION = {"shapes": WEAK, "small": WEAK, "imagenet": IMAGENET}
 
-# imagenet: MAE Appendix A, lr = 1.5e-4 per 256 images. The others are ours; small is untried at
-# this length. masks and tasks: the paper has 4 tasks, m is ours; the baseline has one of each.
+# imagenet: MAE Appendix A, lr = 1.5e-4 per 256 images, at 1,024 images and 400 epochs, where MAE
+# has 4,096 and 800. The others are ours; small is untried at this length. masks and tasks: TC2 has
+# 4 tasks, m is ours; the baseline has one of each.
 RECIPES = {
     "shapes": {"arch": "vit_micro", "epochs": 6, "batch_size": 16, "lr": 2e-3,
                "weight_decay": 0.05, "warmup_epochs": 0.5, "eval_every": 2, "patch_size": 4,
@@ -114,20 +116,20 @@ def unpatchify(patches, p, size):
     return F.pixel_shuffle(patches.mT.unflatten(-1, (size // p, -1)), p)
 
 
-def visible_patches(patches, mask_ratio):
-    """T, the number of patches that the encoder sees, of `patches` in all."""
-    return round(patches * (1 - mask_ratio))
+def visible_patches(L, mask_ratio):
+    """T, the number of patches that the encoder sees, of L in all."""
+    return round(L * (1 - mask_ratio))
 
 
 def random_masks(m, n, L, generator):
-    """Masks (m, n, L): per mask and image a random order of the L patches, the first T are visible.
+    """Orders (m, n, L) of the L patches, one per mask and image: the first T are visible.
 
     [MAE Section 3]"""
     return torch.rand(m, n, L, generator=generator).argsort(-1)
 
 
 def draw_masks(args, n, progress, device):
-    """Masks (m, n, L) of this process's n images: a function of seed and progress alone.
+    """Orders (m, n, L) for this process's n images: a function of seed and progress alone.
 
     They are drawn for the joined batch of all processes, each takes its share."""
     L = (args.image_size // args.patch_size) ** 2
@@ -149,8 +151,8 @@ def this_rank():
 def sincos_positions(dim, side, base=1e4):
     """Fixed positions (side^2, dim): a quarter each of sin y, cos y, sin x, cos x.
 
-    The frequencies fall from 1 to 1 / base; on a grid of 8 x 8 those below 1 / 30 are nearly
-    constant. [MAE Appendix A]"""
+    The frequencies fall from 1 towards 1 / base, geometrically; on a grid of 8 x 8 those below
+    1 / 30 are nearly constant. [MAE Appendix A]"""
     frequency = base ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     line = torch.arange(side, dtype=torch.float64)
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -161,7 +163,7 @@ def sincos_positions(dim, side, base=1e4):
 
 # ---- model ---------------------------------------------------------------------------------------
 class Block(nn.Module):
-    """Pre-norm transformer block: (n, T, d) -> (n, T, d)."""
+    """Pre-norm transformer block: (n, s, d) -> (n, s, d), for s tokens."""
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -173,7 +175,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (n, heads, T, d / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (n, heads, s, d / heads)
         attended = F.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
@@ -190,8 +192,9 @@ def draw_weights(net):
 class Encoder(nn.Module):
     """ViT with a class token and fixed positions.
 
-    With `visible` it gives the tokens of these patches; without, the features of evaluation (n, d),
-    the mean over the tokens of all patches. d: here the encoder's width. [MAE Section 3]"""
+    With `visible` (n, T) it gives the tokens of the class and of these patches, (n, 1 + T, d);
+    without, the features of evaluation (n, d), the mean over the tokens of all patches. d: here the
+    encoder's width. [MAE Section 3]"""
     def __init__(self, image_size, patch_size, dim, depth, heads, position_base=1e4):
         super().__init__()
         self.patch_size = patch_size
@@ -242,7 +245,7 @@ class Decoder(nn.Module):
         mask_tokens = self.mask_token.to(t.dtype).expand(len(t), L - T, -1)
         shuffled = torch.cat([t[:, 1:], mask_tokens], dim=1)
 
-        place = order.argsort(1)                        # where in `order` each patch stands
+        place = order.argsort(1)        # the inverse: where in `order` each patch stands
         full = take_patches(shuffled, place) + self.positions
         full = torch.cat([t[:, :1], full], dim=1)
         full = self.norm(self.blocks(full))
@@ -252,20 +255,19 @@ class Decoder(nn.Module):
 class MaskedAutoencoder(nn.Module):
     """f_theta: encoder and decoder, over m masks of every image at once. [MAE Section 3]
 
-    x (..., n, 3, H, W), orders (..., m, n, L) of which the first T patches are seen; `visible` is
-    T, a number."""
-    def __init__(self, nets, visible, bf16):
+    x (..., n, 3, H, W), orders (..., m, n, L) of which the first T patches are seen."""
+    def __init__(self, nets, T, bf16):
         super().__init__()
         self.backbone = nets["backbone"]
         self.decoder = nets["decoder"]
-        self.visible = visible
+        self.T = T
         self.bf16 = bf16
 
     def embed(self, x, orders):
         """Tokens (..., m, n, 1 + T, d) in the decoder's width, never in bfloat16."""
         # Each image under its m masks: (..., m, n, 3, H, W).
         images = x.unsqueeze(-5).expand(*orders.shape[:-1], -1, -1, -1)
-        visible = orders[..., :self.visible]
+        visible = orders[..., :self.T]
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             t = self.backbone(images.flatten(0, -4), visible.flatten(0, -2))
             t = self.decoder.embed(t)
@@ -305,7 +307,7 @@ def build_nets(args):
 
 
 def build_opts(nets, args):
-    """AdamW, without weight decay on biases, norms and tokens [MAE Appendix A]; Adam for TC2."""
+    """AdamW [MAE Appendix A], without weight decay on biases, norms and tokens; Adam for TC2."""
     params = [*nets["backbone"].parameters(), *nets["decoder"].parameters()]
     matrices = [p for p in params if p.ndim == 2]
     others = [p for p in params if p.ndim != 2]
@@ -333,12 +335,12 @@ def target_patches(x, args):
     return patches
 
 
-def reconstruction_loss(predicted, target, order, visible):
-    """Mean squared error over the pixels of the masked patches, order[..., visible:] -> scalar.
+def reconstruction_loss(predicted, target, order, T):
+    """Mean squared error over the pixels of the masked patches, order[..., T:] -> scalar.
 
-    predicted (..., n, L, 3 p p), target (n, L, 3 p p), order (..., n, L); visible: T, a number.
+    predicted (..., n, L, 3 p p), target (n, L, 3 p p), order (..., n, L).
     [MAE Section 3] [TC2 Eqs. 4-7]"""
-    masked = order[..., visible:]
+    masked = order[..., T:]
     target = target.expand_as(predicted)
     error = take_patches(predicted, masked) - take_patches(target, masked)
     return error.square().mean()
@@ -349,7 +351,7 @@ def mae_step(autoencoder, opt, x, orders, args):
 
     x (n, 3, H, W), orders (m, n, L)."""
     predicted = autoencoder.decode(autoencoder.embed(x, orders), orders)
-    loss = reconstruction_loss(predicted, target_patches(x, args), orders, autoencoder.visible)
+    loss = reconstruction_loss(predicted, target_patches(x, args), orders, autoencoder.T)
 
     opt.zero_grad()
     loss.backward()
@@ -581,6 +583,7 @@ def train_step(nets, opts, views, args, progress):
     lambda_v = 0 if "lv" in args.without else 1
     terms = update_factors(nets, opts["factors"], Z, S, support_error, query_error, lambda_v,
                            args.lambda_s)
+    # What stands between encoder and decoder from here on; f_v has moved, so V is taken anew.
     V = nets["factor_net"](S).detach()
 
     def calibrated(t):
@@ -588,24 +591,25 @@ def train_step(nets, opts, views, args, progress):
             return t
         return calibrated_tokens(t, V, nets["weight_net"])
 
-    # Line 5, Eqs. 6 and 7, task after task: f_v and f_w are fixed.
+    # Line 5, Eqs. 6 and 7, task after task. f_v and f_w are fixed, they are no part of theta.
     theta = dict(autoencoder.named_parameters())
     opts["encoder"].zero_grad()
     support_losses = []
     query_losses = []
     with attention_kernel(args.second_order):
-        for x, order, target in zip(tasks, orders, targets):
+        for images, order, target in zip(tasks, orders, targets):
             theta_k = theta
             if args.inner_lr:
-                predicted = autoencoder(x, order[:half], calibrated)
+                predicted = autoencoder(images, order[:half], calibrated)
                 support_loss = reconstruction_loss(predicted, target, order[:half], T)
                 theta_k = inner_step(theta, support_loss, args.inner_lr, args.second_order)
                 support_losses.append(support_loss.detach())
 
-            # The autoencoder with the weights theta_k.
-            inputs = (x, order[half:], calibrated)
+            # The autoencoder with the weights theta_k; none of them has a second name, to be tied.
+            inputs = (images, order[half:], calibrated)
             predicted = functional_call(autoencoder, theta_k, inputs, tie_weights=False)
             query_loss = reconstruction_loss(predicted, target, order[half:], T)
+            # First order: the gradient at theta_k is given to theta as it is.
             at = theta if args.second_order else theta_k
             add_gradient(theta, query_loss / K, at)
             query_losses.append(query_loss.detach())
@@ -632,7 +636,8 @@ def diagnose(nets, views, args):
     """The last batch under one mask each, at the present weights: terms to log.
 
     rank_z, rank_z_hat   effective rank of all tokens; not falling to a few
-    cos_z_hat            cosine of a token before and after calibration; 1 = not moved
+    cos_z_hat            cosine of a token before and after calibration; 1 = not moved. Calibrated
+                         here even with --without calibration
     loss_*               errors of the rows of reconstructions.png, which is drawn here: eight
                          images, masked, reconstructed, and reconstructed from calibrated tokens"""
     x = views[0]
@@ -665,8 +670,8 @@ def diagnose(nets, views, args):
 
 
 def draw_reconstructions(x, masked, predictions, args):
-    """reconstructions.png, rows of images: x (n, 3, size, size), x without its masked patches
-    (n, L - T), and x with these filled in from each of predictions {name: (1, n, L, 3 p p)}."""
+    """reconstructions.png: x (n, 3, size, size), then without its masked patches, then with these
+    from each of predictions {name: (1, n, L, 3 p p)}. masked (n, L - T): their numbers."""
     patches = patchify(x, args.patch_size)
     hidden = torch.zeros_like(patches[..., :1]).scatter_(1, masked[..., None], 1)
     rows = {"original": patches, "masked": patches * (1 - hidden)}
@@ -676,7 +681,8 @@ def draw_reconstructions(x, masked, predictions, args):
             predicted = predicted * std + patches.mean(-1, keepdim=True)
         rows[name] = torch.where(hidden > 0, predicted[0], patches)
 
-    recipe = WEAK if args.image_size <= SMALL else IMAGENET
+    small = args.data == "shapes" or args.image_size <= SMALL
+    recipe = WEAK if small else IMAGENET
     pictures = {}
     for name, row in rows.items():
         images = unpatchify(row, args.patch_size, args.image_size)
@@ -730,7 +736,7 @@ def parse_args(argv=None):
     add("--masks", type=number(int, 1),
         help="m, random masks of each image per step (default: 4, shapes: 2; 1 with --baseline)")
     add("--tasks", type=number(int, 1),
-        help="K, tasks per batch (default: 4 as in the paper, shapes: 2; 1 with --baseline)")
+        help="K, tasks per batch (default: 4 as in the paper, shapes: 2; --baseline has none)")
     add("--inner-lr", type=number(float, 0), default=0.01,
         help="beta_1 of Eq. 6; 0 = no inner loop (default: 0.01)")
     add("--second-order", action="store_true",
@@ -770,11 +776,12 @@ def check_args(args, data, world):
     if not 0 < visible_patches(patches, args.mask_ratio) < patches:
         fail(f"--mask-ratio {args.mask_ratio}: leaves no patch visible, or none masked, of "
              f"{patches}")
-    if args.batch_size % world or args.batch_size % args.tasks:
-        fail(f"--batch-size {args.batch_size}: must be a multiple of --tasks {args.tasks} and of "
-             f"{world} processes")
+    if args.batch_size % world:
+        fail(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes")
     if args.baseline:
         return
+    if args.batch_size % args.tasks:
+        fail(f"--batch-size {args.batch_size}: must be a multiple of --tasks {args.tasks}")
     if args.tasks % world:
         fail(f"--tasks {args.tasks}: must be a multiple of the {world} processes, each holds whole "
              "tasks")

@@ -60,7 +60,7 @@ from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_s
                     setup_processes, training_batches, world_size)
 
 SCRIPT = "simclr_tc2"
-TC2_LR = 3e-3                                   # alpha_1 .. alpha_4; the paper states none
+TC2_LR = 3e-3           # alpha_1 .. alpha_4 at the peak of the schedule; the paper states none
 
 # TC2 Appendix IV, the same for all views. jitter: brightness, contrast, saturation, hue.
 WEAK = {"crop": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5,

@@ -97,10 +97,11 @@ def make_nets(n_f=8, at_start=False, baseline=False):
 
 
 def settings(**changes):
-    given = {"baseline": False, "norm_pixels": True, "masks": 4, "tasks": 2, "mask_ratio": 2 / 3,
-             "patch_size": P, "image_size": SIZE, "inner_lr": 0.0, "second_order": False,
-             "lambda_s": 0.1, "without": [], "seed": 0, "bf16": False, "lr": 1e-3,
-             "weight_decay": 0.05, "position_base": 30.0, "arch": "vit_micro", "factors": 8}
+    given = {"data": "cifar10", "baseline": False, "norm_pixels": True, "masks": 4, "tasks": 2,
+             "mask_ratio": 2 / 3, "patch_size": P, "image_size": SIZE, "inner_lr": 0.0,
+             "second_order": False, "lambda_s": 0.1, "without": [], "seed": 0, "bf16": False,
+             "lr": 1e-3, "weight_decay": 0.05, "position_base": 30.0, "arch": "vit_micro",
+             "factors": 8}
     return Namespace(**{**given, **changes})
 
 
@@ -1071,6 +1072,28 @@ def test_pictures_show_the_images_the_masks_and_what_was_predicted(norm_pixels, 
             close(shown[name][i, masked], wanted[i, masked])
 
 
+@pytest.mark.parametrize("data, size", [("shapes", 32), ("shapes", 112), ("cifar10", 96),
+                                        ("cifar10", 112), ("photos", 112)])
+def test_pictures_have_the_colours_of_the_images(data, size, monkeypatch):
+    """What the run's own augmentation normalises, its picture shows as it was."""
+    found = common.Data(data, torch.zeros(9, 3, size, size), None, None, None, size, None, data)
+    args = mae_tc2.parse_args(["--data", data, "--image-size", str(size), "--patch-size", "8"])
+    recipe, = mae_tc2.fill_defaults(args, found, torch.device("cpu"))
+    image = torch.rand(2, 3, size, size, generator=common.rng("colours"))
+    mean = torch.tensor(recipe["mean"])[:, None, None]
+    std = torch.tensor(recipe["std"])[:, None, None]
+
+    pictures = {}
+
+    def draw_grid(path, rows):
+        pictures.update(rows)
+
+    monkeypatch.setattr(mae_tc2, "draw_grid", draw_grid)
+    masked = torch.tensor([[1], [0]])
+    mae_tc2.draw_reconstructions((image - mean) / std, masked, {}, args)
+    close(pictures["original"], image)
+
+
 def test_diagnosis_measures_the_rows_of_the_picture_and_the_tokens(monkeypatch):
     nets = make_nets()
     before = flat(nets.parameters())
@@ -1170,6 +1193,10 @@ def test_whole_tasks_go_to_each_process(capsys):
     with pytest.raises(SystemExit):
         mae_tc2.check_args(args, data, 8)
     assert "--tasks 4" in capsys.readouterr().err
+
+    # The baseline has no tasks: any number of them goes with any batch.
+    args, _, data = filled(["--baseline", "--tasks", "3"])
+    mae_tc2.check_args(args, data, 2)
 
 
 def test_a_line_says_that_eq_1_is_zero_with_as_many_factors_as_the_decoder_has_dimensions(capsys):
