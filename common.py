@@ -99,7 +99,7 @@ def base_parser(doc, recipes, archs):
         help="linear, then cosine to 0; 0 = none (default: the recipe's; a tenth of --epochs if "
         "that is too long)")
     add("--workers", type=number(int, 0), default=default_workers(),
-        help="decoding processes, for images above 96 px (default: the cores, up to 16)")
+        help="processes that decode files (default: the cores, up to 16)")
     add("--seed", type=number(int, 0, 2 ** 63), default=0,
         help="of weights, data order and augmentation (default: 0)")
     add("--device", choices=("cuda", "mps", "cpu"),
@@ -168,7 +168,7 @@ def rng(*key):
 def lr_scale(step, total, warmup):
     """Linear warm-up to 1 over `warmup` steps, then half a cosine to 0 at step `total`."""
     if step < warmup:
-        return (step + 1) / max(warmup, 1)
+        return min(1, (step + 1) / warmup)          # warmup need not be whole
     progress = (step - warmup) / max(1, total - warmup)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -278,7 +278,7 @@ def decode(path):
 def fit(images, size, resize=None):
     """Shorter side to `resize` (default `size`), antialiased, then the central square of `size`."""
     h, w = images.shape[-2:]
-    if (h, w) == (size, size):
+    if (h, w) == (size, size) and resize in (None, size):
         return images
     if max(h, w) > 3 * min(h, w):               # a strip would be resized to gigabytes
         images = TF.center_crop(images, [min(h, 3 * w), min(w, 3 * h)])
@@ -367,12 +367,12 @@ def leave_signals_to_the_main_process(worker):
 def read_files(name, files, batches, workers, device):
     """Yield (images (m, n, 3, S, S) on `device`, n indices) of `files`, a Squares or Crops.
 
-    A file that cannot be decoded is named once, with the reason; too many end the run."""
+    A file that cannot be decoded is named, with the reason; too many of `files` end the run."""
     loader = torch.utils.data.DataLoader(
         files, batch_sampler=batches, num_workers=workers, collate_fn=join_items,
         worker_init_fn=leave_signals_to_the_main_process, pin_memory=device.type == "cuda")
     n = len(files.paths)
-    allowed = min(math.ceil(BAD_FRACTION * n), n - 1)
+    allowed = min(math.ceil(BAD_FRACTION * n), n - 1)       # one image at least has to be left
     left_out = set()
     for images, index, bad in loader:
         for path in sorted(set(bad) - left_out):
@@ -429,7 +429,10 @@ def list_images(folder):
 
 def list_classes(folder):
     """(file names, labels int64 (N,), class names) of a folder of class folders."""
-    names = [name for name in list_images(folder) if os.sep in name]
+    found = list_images(folder)
+    names = [name for name in found if os.sep in name]
+    if names and len(names) < len(found):
+        print(f"passed over in {folder}: {len(found) - len(names)} images in no class folder")
     class_of = [name.split(os.sep)[0] for name in names]
     classes, labels = np.unique(class_of, return_inverse=True)
     return names, torch.from_numpy(labels), classes.tolist()
@@ -437,7 +440,11 @@ def list_classes(folder):
 
 def find_splits(name):
     """(training folder, test folder) in `name`; the second is None for images without classes."""
-    splits = [entry for entry in os.listdir(name) if entry.lower() in ("train", "val", "test")]
+    try:
+        entries = os.listdir(name)
+    except OSError as error:
+        fail(f"--data {name}: cannot be read ({error.strerror})")
+    splits = [entry for entry in entries if entry.lower() in ("train", "val", "test")]
     splits = [entry for entry in splits if os.path.isdir(os.path.join(name, entry))]
     for entry in splits:
         if entry != entry.lower():
@@ -512,7 +519,7 @@ def decode_all(name, paths, size, workers):
 def load_torchvision(name):
     """One of torchvision's data sets, downloaded to .data/ if need be, as `Data`."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank > 0:
+    if local_rank > 0 and world_size() > 1:
         dist.barrier()                              # the first process of a machine downloads
     kind = getattr(torchvision.datasets, name.upper())
     splits = ("train+unlabeled", "test") if name == "stl10" else (True, False)
@@ -568,7 +575,8 @@ def load_data(name, image_size=None, workers=0):
 def training_batches(data, recipes, args, rank, world, device, start, stop):
     """Yield, for each step in [start, stop), (views, index): this process's share of the batch.
 
-    views (m, n, 3, S, S) float: one augmented view per recipe; index: the n images they show.
+    views (m, n, 3, S, S) float: one augmented view per recipe, files are cropped by the first one's
+    crop and ratio; index: the n images they show.
     Order = f(seed, epoch), crops of files = f(seed, epoch, image), all else = f(seed, step, view):
     the views depend neither on the number of processes, nor on workers or the device."""
     batch_size = args.images_per_step
@@ -587,7 +595,7 @@ def training_batches(data, recipes, args, rank, world, device, start, stop):
 
     in_memory = torch.is_tensor(data.train)
     if in_memory:
-        images = data.train.to(device)
+        train = data.train.to(device)
         loader = ((None, [image for _, image in batch]) for batch in batches())
     else:
         files = Crops(data.train, args.image_size, len(recipes), recipes[0], args.seed)
@@ -595,16 +603,16 @@ def training_batches(data, recipes, args, rank, world, device, start, stop):
 
     for step, (crops, index) in enumerate(loader, start):
         if in_memory:
-            batch = images[to_device(torch.tensor(index), device)]
-            crops = [batch] * len(recipes)
+            images = train[to_device(torch.tensor(index), device)]
+            crops = [images] * len(recipes)
         views = []
         for v, recipe in enumerate(recipes):
             # The draws are made for the joined batch of all processes, each takes its share.
-            g = rng(args.seed, step, v, 0)
-            order = torch.randperm(4, generator=g).tolist()
+            g = rng(args.seed, step, v, 0)          # four numbers: not a key of a crop, see `Crops`
+            operations = torch.randperm(4, generator=g).tolist()
             u = torch.rand(batch_size, AUGMENT_DRAWS, generator=g)[share]
             size = args.image_size if in_memory else None
-            views.append(augment(crops[v], to_device(u, device), order, recipe, size))
+            views.append(augment(crops[v], to_device(u, device), operations, recipe, size))
         yield torch.stack(views), index
 
 
@@ -713,7 +721,7 @@ def augment(images, u, order, recipe, size=None):
     [0, 1); order: a permutation of the four colour operations; recipe: see RECIPES in a script;
     size: S, or None for images that are cropped already."""
     box_draws, draws = u[:, :BOX_DRAWS], u[:, BOX_DRAWS:]
-    flip, jitter, _, _, _, _, gray, blur, sigma, solarize = draws.unbind(1)
+    flip, jitter, *strengths, gray, blur, sigma, solarize = draws.unbind(1)
     x = images.float().div_(255)
     if size:
         boxes = random_boxes(box_draws, *x.shape[2:], recipe["crop"], recipe["ratio"])
@@ -724,7 +732,7 @@ def augment(images, u, order, recipe, size=None):
     jittered = jitter < recipe["jitter_p"]
     for i in order:
         strength = recipe["jitter"][i]
-        change = (2 * draws[:, 2 + i] - 1) * strength * jittered
+        change = (2 * strengths[i] - 1) * strength * jittered
         if strength and operations[i] is hue:
             x = hue(x, change)
         elif strength:
@@ -835,8 +843,8 @@ def extract_features(backbone, data_name, images, size, recipe, workers, device)
 def nearest(bank, queries, k, metric):
     """(similarities (N, k), indices (N, k)) of the k nearest rows of bank (M, d) to queries (N, d).
 
-    metric: cosine, or euclidean, whose similarity is minus the distance. The bank is read in parts:
-    it may fill half of the memory."""
+    metric: cosine, or euclidean, whose similarity is minus the distance, in float32 or float64. The
+    bank is read in parts: it may fill half of the memory."""
     centre = bank.mean(0)           # distances lose the digits that a common offset takes
     similarities, indices = [], []
     for q in queries.split(1024):
@@ -866,7 +874,7 @@ def vote(near, labels, metric, temperature=0.07):
     weight = torch.ones_like(near)
     if metric == "cosine":
         weight = ((near - 1) / temperature).exp()
-    votes = torch.zeros(len(near), int(labels.max()) + 1, device=near.device)
+    votes = torch.zeros(len(near), int(labels.max()) + 1, dtype=near.dtype, device=near.device)
     return votes.scatter_add_(1, labels, weight).argmax(1)
 
 
@@ -910,10 +918,11 @@ def monitor(backbone, data, args, recipe, device):
         x, kept = extract_features(backbone or nn.Flatten(), data.name, images, args.image_size,
                                    recipe, args.workers, device)
         parts += [x, labels[rows][kept].to(device)]
+    _, _, queries, _ = parts
     found = {"knn5": knn_accuracy(*parts),
              "knn200_cosine": knn_accuracy(*parts, k=200, metric="cosine")}
     if backbone is not None:
-        found["rank_h"] = effective_rank(parts[2]).item()
+        found["rank_h"] = effective_rank(queries).item()
     return found
 
 
@@ -1114,6 +1123,7 @@ def open_log(out, argv, settings, nets, step):
         rows = [row for row in read_log(out) if row.get("step", 0) <= step]
     if not rows or "settings" not in rows[0]:           # a new run, or its log was lost
         rows.insert(0, header)
+    rows[0]["settings"] = settings                      # a run's data may have moved
 
     try:
         os.makedirs(out, exist_ok=True)
@@ -1210,8 +1220,8 @@ class Log:
             plot_curves(self.out)
         self.show(line)
         if self.device == "cpu" and others_use_the_cores():
-            self.show("other programs used the cores too: OMP_NUM_THREADS=1 is then several times "
-                      "faster")
+            self.show("the cores were shared: if it was with other programs, OMP_NUM_THREADS=1 is "
+                      "several times faster")
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -1252,11 +1262,10 @@ def graceful_stop():
         seen.append((signum, time.monotonic()))
 
     def stop_signal():
-        signum = seen[0][0] if seen else 0
-        signum = torch.tensor(signum)
+        agreed = torch.tensor(seen[0][0] if seen else 0)
         if world_size() > 1:                        # on the host: gloo, no wait for the GPU
-            dist.all_reduce(signum, dist.ReduceOp.MAX)
-        return signum.item()
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return agreed.item()
 
     before = {}
     if threading.current_thread() is threading.main_thread():       # others may not set handlers
@@ -1283,12 +1292,12 @@ def run(main):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        fail(f"cannot write the log ({error}); the last checkpoint is untouched")
+        fail(f"cannot write ({error}); what was written before is untouched")
     except RuntimeError as error:
-        if not re.search("out of memory|ALLOC_FAILED", str(error)):
+        if not re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(error)):
             raise
         reason = str(error).split(". ")[0].split("\n")[0]
-        fail(f"GPU memory ran out ({reason}): lower --batch-size, --image-size, or the number of "
+        fail(f"memory ran out ({reason}): lower --batch-size, --image-size, or the number of "
              "views, masks, tasks or inner steps")
 
 
@@ -1337,9 +1346,14 @@ def draw_grid(path, rows):
     figure = Figure(figsize=(1.5 * columns + 1, 1.5 * len(rows)), layout="constrained")
     axis = figure.add_subplot()
     axis.imshow(grid.permute(1, 2, 0).numpy())
-    axis.set_yticks([step * (i + 0.5) for i in range(len(rows))], list(rows))
+    axis.set_yticks([step * (i + 0.5) for i in range(len(rows))], map(printable, rows))
     axis.set_xticks([])
     figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def printable(name):
+    """A name of any bytes as text for matplotlib, which would set $..$ as mathematics."""
+    return os.fsencode(name).decode(errors="replace").replace("$", r"\$")
 
 
 def draw_views(args, data, views, index, recipes):

@@ -46,7 +46,7 @@ from torch import nn
 from common import (BUILT_IN, SMALL, Data, Parser, choose_device, decode, default_workers,
                     draw_grid, effective_rank, extract_features, fail, find_splits, fit,
                     list_classes, load_data, load_torch, lr_scale, make_backbone, nearest, number,
-                    read_log, rng, run, save, set_lr, training_batches, vote)
+                    printable, read_log, rng, run, save, set_lr, training_batches, vote)
 
 GREEN = (0.1, 0.75, 0.1)                    # frames of neighbours.png: same class, another, none
 RED = (0.9, 0.1, 0.1)
@@ -299,6 +299,8 @@ def eigenvalues(x):
 def spectrum(job):
     """Effective rank, eigenvalues above 1e-6 of the largest, of the test features; spectrum.png."""
     x, _, _ = job.features("test")
+    if len(x) < 2:
+        fail("--protocol spectrum: needs at least two test images")
     values = eigenvalues(x).cpu()
     curves = {job.args.run: values}
     for other in job.args.overlay:
@@ -317,7 +319,8 @@ def draw_spectra(path, panels):
     for axis, (title, curves) in zip(axes, panels.items()):
         for name, values in curves.items():
             relative = (values / values[0]).clamp(min=1e-16)
-            axis.plot(range(1, len(values) + 1), relative, label=f"{name}, {len(values)} dim.")
+            label = f"{printable(name)}, {len(values)} dim."
+            axis.plot(range(1, len(values) + 1), relative, label=label)
         axis.set(title=title, xlabel="index", ylabel="eigenvalue / largest", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
@@ -377,8 +380,8 @@ def tune(job, images, labels, fraction):
     The rate falls to 0 along a cosine; crops and flips; the accuracy is that of the last epoch."""
     args = job.args
     size = job.state["image_size"]
-    per_epoch = math.ceil(len(labels) / 256)
-    batch = len(labels) // per_epoch                    # at most 256, hardly an image left out
+    batches_of_256 = math.ceil(len(labels) / 256)
+    batch = len(labels) // batches_of_256               # at most 256, hardly an image left out
     per_epoch = len(labels) // batch
     total = args.tune_epochs * per_epoch
     recipe = {"crop": (0.08 if size > SMALL else 0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5,
@@ -474,7 +477,7 @@ def load_part(name, split, size, workers, loaded):
     folder = os.path.expanduser(name)
     if name not in BUILT_IN and os.path.isdir(folder) and find_splits(folder)[1] is None:
         files, labels, classes = list_classes(folder)
-        if files:
+        if files:                               # without any, load_data gives no labels
             return Part([os.path.join(folder, file) for file in files], labels, classes)
     if name not in loaded:
         loaded[name] = load_data(name, size, workers)
@@ -491,18 +494,23 @@ def load_joined(names, split, size, workers, loaded):
     parts = [load_part(name, split, size, workers, loaded) for name in names]
     in_memory = torch.is_tensor(parts[0].images)
     for part, name in zip(parts, names):
-        same_classes(parts[0], part, f"{names[0]} and {name}")
         if torch.is_tensor(part.images) != in_memory:
             fail(f"{names[0]} and {name}: cannot be joined, one is read at once, one file by file")
+    parts = [in_order_of(parts[0], part, f"{names[0]} and {name}")
+             for part, name in zip(parts, names)]
     images = [part.images for part in parts]
     images = torch.cat(images) if in_memory else sum(images, [])
     return Part(images, torch.cat([part.labels for part in parts]), parts[0].classes)
 
 
-def same_classes(a, b, names):
-    odd = sorted(set(a.classes) ^ set(b.classes))
+def in_order_of(first, part, names):
+    """`part` with labels that count the classes in the order of `first`, which has the same."""
+    odd = sorted(set(first.classes) ^ set(part.classes))
     if odd:
         fail(f"{names}: must have the same classes; only one of them has {', '.join(odd[:5])}")
+    place = torch.tensor([first.classes.index(name) for name in part.classes])
+    labels = torch.where(part.labels < 0, part.labels, place[part.labels])      # -1: none
+    return Part(part.images, labels, first.classes)
 
 
 def load_parts(args, size):
@@ -515,7 +523,7 @@ def load_parts(args, size):
 
     train_name = " + ".join(map(spelling, train_names))
     test_name = " + ".join(map(spelling, test_names))
-    same_classes(train, test, f"{train_name} and {test_name}")
+    test = in_order_of(train, test, f"{train_name} and {test_name}")
     if not torch.is_tensor(train.images) and not torch.is_tensor(test.images):
         real = set(map(os.path.realpath, train.images))
         if not real.isdisjoint(map(os.path.realpath, test.images)):
@@ -556,7 +564,8 @@ class Job:
             if args.data is None:
                 fail(f"--data: not given, and {args.run} has no log that names it")
 
-        # Larger images stay as they are until their features are computed.
+        # Larger images stay as they are until their features are computed; small ones of several
+        # sizes are then cut to their median side first.
         size = self.state["image_size"]
         train, test, self.data = load_parts(args, size if size <= SMALL else None)
         self.train = labelled(train)
@@ -573,8 +582,9 @@ class Job:
     def extract(self, backbone, split):
         """(features (n, d), labels (n,), n indices of the images) of "train" or "test"."""
         part = getattr(self, split)
+        recipe = self.state                     # holds mean and std, all that is needed of one
         x, kept = extract_features(backbone, self.data, part.images, self.state["image_size"],
-                                   self.state, self.args.workers, self.device)
+                                   recipe, self.args.workers, self.device)
         return x, part.labels[kept].to(self.device), kept
 
     def features(self, split):
@@ -611,6 +621,10 @@ SETTINGS = {"linear_adam": ("probe_epochs", "seed"), "finetune": ("tune_epochs",
             "fewshot": ("queries", "episodes", "seed")}
 
 
+# Rows that differ in one of these stand beside each other; else the later one counts.
+ROW = ("protocol", "metric", "settings", "data", "weights")
+
+
 def as_text(value):
     return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
 
@@ -630,7 +644,7 @@ def table_cells(rows):
 
 
 def read_rows(path):
-    """The rows of eval.json. A file of the first edition is set aside."""
+    """The rows of eval.json."""
     if not os.path.exists(path):
         return []
     try:
@@ -638,16 +652,14 @@ def read_rows(path):
             rows = json.load(file)
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error}); move it away")
-    if isinstance(rows, dict):
-        aside = path.replace("eval.json", "eval_first_edition.json")
-        os.replace(path, aside)
-        print(f"{path} is now {aside}: of the first edition, whose `linear` is today's linear_adam")
-        return []
+    complete = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not complete or any(name not in row for name in ROW for row in rows):
+        fail(f"{path}: is not a table of this program; move it away")
     return rows
 
 
 def row_key(row):
-    return [row[name] for name in ("protocol", "metric", "settings", "data", "weights")]
+    return [row[name] for name in ROW]
 
 
 def evaluate(job, protocols, settings, command):
@@ -704,7 +716,7 @@ def job_parser(doc):
         help="other runs, drawn into the pictures")
     add("--workers", type=number(int, 0), default=default_workers(),
         help="decoding processes, for images in files (default: the cores, up to 16)")
-    add("--seed", type=number(int, 0), default=0,
+    add("--seed", type=number(int, 0, 2 ** 63), default=0,
         help="of classifiers, orders, episodes, tasks (default: 0)")
     add("--device", choices=("cuda", "mps", "cpu"),
         help="default: cuda where there is one, else cpu; mps is untested")

@@ -19,7 +19,7 @@ mae="mae_tc2.py $common"
 
 # Passes of a view or mask per image: SimCLR 2 and 4, TC2 7.3; BYOL 2.7, GeSSL 27.3; MAE 1 and 4,
 # TC2 7.3. Equal passes: as many as the method's, or up to 1 % more. 1024: the batch at which TC2's
-# Table 11 gains most. 0.06: a penalty of about twice the loss, so that columns die.
+# Table 11 is best. 0.06: a penalty of about twice the loss, so that columns die.
 rows="
 simclr_2views                 $simclr --baseline --epochs 100
 simclr_4views                 $simclr --baseline --views 4 --epochs 100

@@ -171,6 +171,31 @@ def test_a_folder_that_may_not_be_read_is_said(monkeypatch, capsys):
     assert "Permission denied: 'd/secret'" in capsys.readouterr().out
 
 
+def test_a_data_folder_that_may_not_be_read_ends_in_a_sentence(monkeypatch, capsys):
+    class_folders("d")
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", forbidden)
+    assert "--data d: cannot be read (Permission denied)" in fails(capsys, common.load_data, "d")
+
+
+def test_images_beside_the_class_folders_are_counted(capsys):
+    class_folders("d", n=1)
+    save_image("d/train/stray.png", noise(20, 20))
+    assert len(common.list_classes("d/train")[0]) == 2
+    assert "passed over in d/train: 1 images in no class folder" in capsys.readouterr().out
+
+
+def test_an_image_of_the_right_size_is_cut_like_any_other():
+    """The central 224 / 256, whether it was resized before or not."""
+    image = noise(28, 28)
+    assert torch.equal(common.fit(image, 28), image)
+    expected = common.TF.center_crop(common.TF.resize(image, [32], antialias=True), [28, 28])
+    assert torch.equal(common.fit(image, 28, 32), expected)
+
+
 def test_labels_follow_the_class_folders():
     class_folders("d", classes=["b", "a", "a-b"], n=2)
     save_image("d/train/stray.png", noise(20, 20))
@@ -827,6 +852,8 @@ def test_lr_scale_warms_up_linearly_and_falls_to_zero_as_a_cosine(total, warmup)
         assert common.lr_scale(step, total, warmup) == pytest.approx(expected)
     assert common.lr_scale(total + 1, total + 1, warmup) == pytest.approx(0)
     assert common.lr_scale(3, 10, 7.5) == pytest.approx(4 / 7.5)
+    # The step in which a warm-up of broken length ends does not overshoot.
+    assert common.lr_scale(7, 10, 7.5) == 1 and common.lr_scale(0, 10, 0.1) == 1
 
 
 def make_optimizers():
@@ -961,6 +988,8 @@ def test_knn_accuracy_equals_a_double_loop(metric, k, classes):
     accuracy = common.knn_accuracy(bank, labels, queries, answers, k, metric)
     assert isinstance(accuracy, float) and 20 < accuracy < 95
     assert accuracy == pytest.approx(slow_accuracy(bank, labels, queries, answers, k, metric))
+    double = common.knn_accuracy(bank.double(), labels, queries.double(), answers, k, metric)
+    assert abs(double - accuracy) < 2
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -957,26 +957,68 @@ def test_rows_of_other_weights_go_and_of_other_data_stay():
     assert [row["metric"] for row in results()] == ["k1_euclidean", "k1_cosine"]
 
 
-def test_a_file_of_the_first_edition_is_set_aside(capsys):
-    make_run()
-    data_folder()
-    old = '{"arch": "resnet_tiny", "results": [{"protocol": "linear", "value": 1}]}'
-    with open("r/eval.json", "w") as file:
-        file.write(old)
-    evaluate("r", "--data", "d", "--protocol", "knn", "--k", "1")
-    out = capsys.readouterr().out
-    assert "r/eval.json is now r/eval_first_edition.json" in out
-    assert open("r/eval_first_edition.json").read() == old
-    assert {row["protocol"] for row in results()} == {"knn"}
-
-
-def test_a_damaged_file_is_refused_before_anything_is_measured(capsys):
+@pytest.mark.parametrize("text", ["{", '{"results": []}', "3", "[3]", '[{"protocol": "knn"}]'])
+def test_a_damaged_or_foreign_file_is_refused_before_anything_is_measured(text, capsys):
     make_run()
     data_folder()
     with open("r/eval.json", "w") as file:
-        file.write("{")
+        file.write(text)
     assert "r/eval.json" in stops(capsys, "r", "--data", "d", "--protocol", "knn", "--k", "1")
-    assert open("r/eval.json").read() == "{" and len(os.listdir("r")) == 2
+    assert open("r/eval.json").read() == text and len(os.listdir("r")) == 2
+
+
+def test_labels_go_by_the_names_of_classes_whatever_their_order():
+    """A label is a place in a list of names, and two lists may differ in their order."""
+    first = eval_linear.Part(torch.zeros(3, 3, 8, 8), torch.tensor([2, 0, 1]), ["disc", "box", "b"])
+    part = eval_linear.Part(torch.zeros(4, 3, 8, 8), torch.tensor([0, 2, -1, 1]),
+                            ["b", "box", "disc"])
+    found = eval_linear.in_order_of(first, part, "d and e")
+    assert found.classes == first.classes
+    assert [found.classes[i] for i in found.labels[[0, 1, 3]]] == ["b", "disc", "box"]
+    assert found.labels[2] == -1 and found.images is part.images
+
+    # The drawn shapes are not in alphabetical order, folders are.
+    x, y = common.draw_shapes(40, 5)
+    for i, (image, label) in enumerate(zip(x, y)):
+        folder = f"shp/{common.SHAPES[label]}"
+        os.makedirs(folder, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{folder}/{i}.png")
+    args = types.SimpleNamespace(train_data=["shapes"], test_data=["shp"], data=None, workers=0)
+    train, test, _ = eval_linear.load_parts(args, 32)
+    assert train.classes == test.classes == common.SHAPES
+    names = [os.path.basename(os.path.dirname(path)) for path in test.images]
+    assert [test.classes[label] for label in test.labels] == names
+
+    args = types.SimpleNamespace(train_data=["shp", "shp2"], test_data=["shapes"], data=None,
+                                 workers=0)
+    os.rename("shp/moon", "moon")
+    os.makedirs("shp2")
+    for name in common.SHAPES:
+        if name != "moon":
+            os.symlink(f"../shp/{name}", f"shp2/{name}")
+    os.symlink("../moon", "shp2/moon")
+    os.symlink("../moon", "shp/moon")
+    _, test, _ = eval_linear.load_parts(args, 32)
+    assert test.classes == sorted(common.SHAPES)
+    wanted = common.load_data("shapes")
+    assert [test.classes[i] for i in test.labels] == [common.SHAPES[i] for i in wanted.test_labels]
+
+
+def test_class_names_of_any_bytes_and_with_dollars_stand_in_the_picture():
+    make_run()
+    names = (os.fsdecode(b"\xfe"), "a$\\frac$")
+    data_folder("d", train=dict(zip(names, (150, 110))))
+    evaluate("r", "--data", "d", "--protocol", "knn", "spectrum", "--k", "1")
+    assert {row["protocol"] for row in results()} == {"knn", "spectrum"}
+    assert os.path.exists("r/neighbours.png")
+
+
+def test_one_test_image_has_no_spectrum(capsys):
+    x = torch.rand(1, 4)
+    job = fake_job((x, torch.tensor([0])), (x, torch.tensor([0])), overlay=[])
+    with pytest.raises(SystemExit):
+        eval_linear.spectrum(job)
+    assert "at least two test images" in capsys.readouterr().err
 
 
 def test_a_protocol_that_fails_costs_none_of_those_before_it(monkeypatch, capsys):

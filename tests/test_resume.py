@@ -298,6 +298,13 @@ def test_no_label_of_a_picture_is_cut_off():
         assert (border == 255).all()
 
 
+def test_the_log_of_a_run_whose_data_have_moved_names_the_new_place():
+    common.open_log("r", ["first"], {"data": "old"}, {}, 0)
+    common.open_log("r", ["again"], {"data": "new"}, {}, 1)
+    header, = common.read_log("r")
+    assert header["settings"] == {"data": "new"} and header["argv"] == ["first"]
+
+
 @pytest.mark.parametrize("in_files", [False, True])
 def test_views_that_are_drawn_are_those_that_the_network_sees(in_files, monkeypatch):
     recipe = {**simclr_tc2.AUGMENTATION["imagenet"], "crop": (1, 1), "ratio": (1, 1), "flip": 0,
@@ -534,7 +541,9 @@ def test_memory_or_disk_that_runs_out_ends_in_a_sentence_and_a_mistake_does_not(
     for text in FULL_GPU:
         sentence = refused(capsys, call, RuntimeError(text))
         assert text.split(". ")[0] in sentence and "--batch-size" in sentence
-    assert "GPU memory" in refused(capsys, call, torch.OutOfMemoryError(FULL_GPU[0]))
+    host = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 GB"
+    for error in (torch.OutOfMemoryError(FULL_GPU[0]), RuntimeError(host)):
+        assert "memory ran out" in refused(capsys, call, error)
     full = OSError(errno.ENOSPC, "No space left on device", "r/log.jsonl")
     assert "r/log.jsonl" in refused(capsys, call, full)
     for mistake in (RuntimeError("a mistake"), FileNotFoundError(errno.ENOENT, "a mistake")):
