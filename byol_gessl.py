@@ -24,7 +24,7 @@ One step, [GeSSL Algorithm 1]:
   f_theta^{l,K+lambda}   target                     (P,) lambda (--target-steps) steps later
   l(f_theta, X)          task(theta)[0]             BYOL's loss, z' fixed during the task
   pi(f_theta(x))         task(theta)[1]             (2, N, N) logits: which of the N images is it?
-  p, z'                  p, z_target               (2, N, d) prediction; moving average's projection
+  p, z'                  p, z_target                (2, N, d) prediction; xi's projection
   alpha, beta            --inner-lr, --lr           plain gradient descent, AdamW
 
   python byol_gessl.py                                            drawn shapes, a minute on a laptop
@@ -78,8 +78,8 @@ AUGMENTATION = {
     "imagenet": [{**STRONG, "blur_p": 1.0}, {**STRONG, "blur_p": 0.1, "solarize_p": 0.2}],
 }
 
-# N and M as in GeSSL's Appendix G.5, lambda = 10 as in its Section 5. The paper states neither
-# alpha nor beta, nor a projector: imagenet has BYOL's.
+# N and M as in GeSSL's Appendix G.5, lambda = 10 as in its Section 5; M and lambda of shapes are
+# ours. The paper states neither alpha nor beta, nor a projector: imagenet has BYOL's.
 RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 4, "batch_size": 32, "lr": 5e-3,
                "weight_decay": 1e-4, "warmup_epochs": 0.5, "eval_every": 1,
@@ -96,8 +96,8 @@ RECIPES = {
 }
 
 # A term above its limit warns once, on the screen and in the log.
-LIMITS = {"curvature": (1, "the step of Eq. 2 overshoots and a Neumann series diverges: lower "
-                           "--inner-lr"),
+LIMITS = {"curvature": (1, "the step of Eq. 2 overshoots (fd), or a Neumann series diverges: "
+                           "lower --inner-lr"),
           "negative_curvature": (0, "conjugate gradients met negative curvature and stopped early: "
                                     "lower --inner-lr")}
 
@@ -294,8 +294,9 @@ def inner_step(task, theta, alpha, create_graph=False):
 def difference_hvp(task, theta, gradient, v, length=FD_LENGTH):
     """H v = (grad(theta) - grad(theta - e v)) / e, e = length / ||v||; gradient is grad(theta).
 
-    Backward: its error, -(e / 2) grad(v H v), lets Eq. 4 descend the curvature along v. That of
-    the paper's forward difference climbs it. [GeSSL Eq. 21]"""
+    Backward: its error is -(e / 2) grad(v H v). Eq. 4 holds -alpha H v, so that its step descends
+    (alpha e / 2) v H v too, the curvature along v. With the paper's forward difference it climbs.
+    [GeSSL Eq. 21]"""
     e = length / v.norm().clamp(min=1e-30)
     behind = (theta - e * v).detach().requires_grad_()
     _, gradient_behind = loss_and_gradient(task, behind)
@@ -331,8 +332,8 @@ def conjugate_gradient(hvp, v, iterations=SOLVER_TERMS):
     """x with (I + A) x = v for hvp(u) = A u, from x = 0. [GeSSL Eq. 20]
 
     Returns x, the largest ||A p|| / ||p|| met, and whether a direction p had p (I + A) p <= 0.
-    There it stops, with x = v if that is the first one: the steps left have length 0, since to
-    leave the loop the host would have to wait for the GPU."""
+    From there on its steps have length 0: to leave the loop the host would have to wait for the
+    GPU. If it was the first direction x would stay 0, so it is v, the gradient of first-order."""
     x = torch.zeros_like(v)
     r = v                                                   # residual v - (I + A) x
     p = v
@@ -410,7 +411,8 @@ def gessl_task(task, theta, inner_steps, target_steps, alpha, hypergrad="fd", lo
     """One task from theta (P,): (outer gradient, SSL gradient, terms). [GeSSL Algorithm 1]
 
     task(theta) -> (loss, logits of pi (.., N)). theta is left alone. outer: kind of `outer_loss`"""
-    # Lines 6-9: K steps. The first one is the only call of task with theta itself (`byol_task`).
+    # Lines 6-9: K steps. Only the first one calls task with the tensor theta itself: there
+    # BatchNorm's running statistics move (`byol_task`).
     unroll = hypergrad == "exact" and not lookahead
     trajectory = [theta]
     losses = []                                             # losses[k]: l at theta_k
@@ -462,7 +464,7 @@ def byol_task(online, x, z_target, theta, args):
 
     z_target (2, N, d) is fixed. BatchNorm's running statistics move at `theta` only."""
     def task(weights):
-        if weights is theta:
+        if weights is theta:                    # not ==: see `gessl_task`
             p = embed(online, x, args, weights)
         else:
             with batch_stats_only(online):
@@ -478,8 +480,9 @@ def train_step(nets, opts, views, args, progress):
     loss_ssl         BYOL's loss at theta; loss_ssl_inner: after K steps of Eq. 2; loss_ssl_target:
                      after K + lambda. Each should be below the one before
     entropy_pi       of the target's softmax over log N; at 1 pi is uniform, the KL teaches nothing
-    curvature        largest alpha ||H v|| / ||v|| that the hypergradient met, a lower bound, the
-                     mean over tasks; below 1
+    curvature        largest alpha ||H v|| / ||v|| that the hypergradient met, times K for neumann
+                     and cg, 0 for exact and first-order; a lower bound, the mean over tasks; should
+                     be below 1
     negative_curvature  share of tasks where conjugate gradients stopped for it; should be 0
     std_z            spread of z' over directions; near 1 is good, 0 = collapsed
     cos_outer_ssl    cosine of the hypergradient and BYOL's; outer_to_ssl: ratio of their lengths
@@ -517,7 +520,7 @@ def train_step(nets, opts, views, args, progress):
     average_gradients(online.parameters())
     opts["encoder"].step()
 
-    # BYOL's moving average, one decay per mini-batch.
+    # BYOL's moving average, once: the decay to the power of all processes' mini-batches.
     decay = ema_decay_at(args.ema_decay, progress) ** args.tasks
     ema_update(nets["target"], online[:2], decay)
 
@@ -606,8 +609,8 @@ def parse_args(argv=None):
     add("--target-steps", type=number(int, 0),
         help="lambda, further steps to the self-motivated target (paper: 10); 0 = no target")
     add("--inner-lr", type=number(float, 1e-12),
-        help="alpha of Eq. 2; times the largest curvature of the loss, which is logged as "
-        "alpha_lambda_max, it should stay below 1")
+        help="alpha of Eq. 2; alpha times the largest curvature of the loss is logged as "
+        "alpha_lambda_max and should stay below 1")
     add("--hypergrad", choices=("fd", "exact", "first-order", "neumann", "cg"), default="fd",
         help="derivative through Eq. 2: fd, finite differences (default, the paper's); exact, the "
         "unrolled graph; first-order; neumann and cg, implicit")
@@ -647,7 +650,8 @@ def check_args(args, data, world):
              "tasks")
     if args.sync_bn:
         fail("--sync-bn: goes with --baseline; a task's passes lie in one process")
-    if args.compile and args.hypergrad in ("exact", "neumann", "cg"):
+    twice = args.hypergrad in ("exact", "neumann", "cg") and not args.lookahead
+    if args.compile and twice:
         fail(f"--hypergrad {args.hypergrad}: cannot go with --compile, whose backward pass has no "
              "derivative")
 
@@ -666,6 +670,7 @@ def main(argv=None):
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     if args.compile:
         torch._dynamo.config.recompile_limit = 16   # views, tasks and evaluations differ in shape
+        torch._functorch.config.donated_buffer = False      # `diagnose` goes backward twice
         nets["backbone"].compile()
     opts = build_opts(nets, args)
 

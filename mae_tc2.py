@@ -475,6 +475,7 @@ def update_factors(nets, opt, Z, S, on_support, on_query, lambda_v, lambda_s):
     take_step(opt, loss_support + lambda_v * loss_v + lambda_s * loss_w)
 
     # Eq. 5: a step on the query views, at f'_v and f'_w. It does not differentiate through Eq. 4.
+    # W of all views: on_query may make its anchors of the support views.
     V = factor_net(S)
     W = weight_net(Z, V)
     loss_query = mean_over_tasks(on_query, W @ V.T)
@@ -742,7 +743,7 @@ def parse_args(argv=None):
     add("--second-order", action="store_true",
         help="differentiate Eq. 7 through Eq. 6 (default: first order)")
     add("--factors", type=number(int, 1), help="n_f, columns of V (default: d / 2; d, the "
-        "paper's best, makes Eq. 1 zero by construction)")
+        "paper's best, makes Eq. 1 zero by construction; above d there is no QR)")
     add("--lambda-s", type=number(float, 0), default=0.1,
         help="lambda_s of Eq. 3; 0 = no L_w (default: 0.1; paper: 0.001 to 1)")
     add("--without", nargs="+", default=[], choices=("qr", "skip", "lv", "calibration"),
@@ -805,6 +806,7 @@ def main(argv=None):
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     if args.compile:
         torch._dynamo.config.recompile_limit = 16   # views, tasks and evaluations differ in shape
+        torch._functorch.config.donated_buffer = False      # `diagnose` goes backward twice
         nets["backbone"].compile()
     opts = build_opts(nets, args)
 

@@ -18,7 +18,7 @@ One step, [TC2 Algorithm 1]:
 
   paper             here                       shape, meaning
   X_tr; K, m        tasks; --tasks, --views    (K, m, n, 3, H, W): this process's tasks
-  support, query    [:half], [half:]           the first and the last m / 2 views (views are i.i.d.)
+  support, query    [:half], [half:]           the first m // 2 views, and the others (i.i.d.)
   f_theta, z_j      embed, Z                   (K, m, n, d) backbone and projector, norm sqrt(d)
   S                 S                          (d + 1, d) mean above covariance, of all processes
   f_v, V            factor_net, V              (d, n_f) columns: factors shared by all tasks
@@ -278,6 +278,7 @@ def update_factors(nets, opt, Z, S, on_support, on_query, lambda_v, lambda_s):
     take_step(opt, loss_support + lambda_v * loss_v + lambda_s * loss_w)
 
     # Eq. 5: a step on the query views, at f'_v and f'_w. It does not differentiate through Eq. 4.
+    # W of all views: on_query may make its anchors of the support views.
     V = factor_net(S)
     W = weight_net(Z, V)
     loss_query = mean_over_tasks(on_query, W @ V.T)
@@ -370,7 +371,7 @@ def train_step(nets, opts, views, args, progress):
 
     [TC2 Algorithm 1]
     loss_query       L_sse of Eq. 7; brier: below 1 - 1 / n, its value at collapse
-    loss_support     InfoNCE before the inner step; below log(m n / 2 - 1), its value at collapse
+    loss_support     InfoNCE before the inner step; below log((m // 2) n - 1), that of collapse
     inner_step       length of the last task's inner step beside the weights; harms if it stays
                      above 0.02, a warning comes at 0.1
     std_z, std_z_hat  spread over directions; near 1 is good, 0 = collapsed
@@ -407,7 +408,7 @@ def train_step(nets, opts, views, args, progress):
             return z
         return calibrate(z, V, nets["weight_net"])
 
-    # Line 5, Eqs. 6 and 7, task after task: f_v and f_w are fixed.
+    # Line 5, Eqs. 6 and 7, task after task. f_v and f_w are fixed, they are no part of theta.
     theta = dict(encoder.named_parameters())
     opts["encoder"].zero_grad()
     support_losses = []
@@ -421,15 +422,13 @@ def train_step(nets, opts, views, args, progress):
                 theta_k = inner_step(theta, loss, args.inner_lr, args.second_order)
                 support_losses.append(loss.detach())
 
-            # The anchors are computed at theta_k too: stale ones cost 6 points.
+            # All m views: the support views at theta_k give the anchors, stale ones cost 6 points.
             z_hat = calibrated(embed(encoder, x, args, theta_k))
             loss = query_loss(z_hat, args)
 
-            # First order takes the gradient at theta_k for that at theta.
-            if args.second_order:
-                add_gradient(theta, loss / K, theta)
-            else:
-                add_gradient(theta, loss / K, theta_k)
+            # First order: the gradient at theta_k is given to theta as it is.
+            at = theta if args.second_order else theta_k
+            add_gradient(theta, loss / K, at)
             query_losses.append(loss.detach())
 
     found = {"loss_query": torch.stack(query_losses).mean()}
@@ -475,18 +474,21 @@ def instance_accuracy(z):
 
 
 def diagnose(nets, views, args):
-    """The last batch at the present weights, split into K groups (4 if K = 1): terms to log.
+    """This process's last batch at the present weights, in K groups (4 if K = 1): terms to log.
 
+    rank_z, rank_z_hat   effective rank of the embeddings before and after calibration
     conflict_*     gradients of the groups' InfoNCE, on z (raw) and on z_hat (calibrated). The
                    groups are random, and small ones alone give small cosines [TC2 Fig. 1b/c]
-    adapted_*      instance accuracy in a group before and after one step of Eq. 6 on the model's
-                   own loss [GeSSL Definition 3.1]
-    orthogonality  first term of Eq. 1; explained_by_w: share of Z that W V^T keeps"""
+    adapted_*      instance accuracy of z in a group before and after one step of Eq. 6 on the
+                   model's own loss [GeSSL Definition 3.1]
+    orthogonality  first term of Eq. 1; explained_by_w: share of Z that W V^T keeps; zero_weights:
+                   share of |W| below 0.01"""
     encoder = nn.Sequential(nets["backbone"], nets["projector"])
     theta = dict(encoder.named_parameters())
     calibrating = not args.baseline and "calibration" not in args.without
     K = args.tasks if args.tasks > 1 else 4
-    K = max(2, min(K, views.shape[1] // 2))             # one of many processes has few images
+    # At least two groups, of two images or more: one of many processes has few. A rest is left out.
+    K = max(2, min(K, views.shape[1] // 2))
     n = views.shape[1] // K
     tasks = views[:, :K * n].unflatten(1, (K, n)).transpose(0, 1)       # (K, m, n, 3, H, W)
     raw_gradients = []
@@ -503,13 +505,15 @@ def diagnose(nets, views, args):
 
         for x in tasks:
             z = embed(encoder, x, args)
-            loss = info_nce(z, args.temperature)
-            raw_gradients.append(flat_gradient(loss, theta))
+            raw_loss = info_nce(z, args.temperature)
+            raw_gradients.append(flat_gradient(raw_loss, theta))
+            own_loss = raw_loss                                 # what the model is trained on
             if calibrating:
-                loss = info_nce(calibrate(z, V, nets["weight_net"]), args.temperature)
-                calibrated_gradients.append(flat_gradient(loss, theta))
+                z_hat = calibrate(z, V, nets["weight_net"])
+                own_loss = info_nce(z_hat, args.temperature)
+                calibrated_gradients.append(flat_gradient(own_loss, theta))
 
-            theta_k = inner_step(theta, loss, args.inner_lr)
+            theta_k = inner_step(theta, own_loss, args.inner_lr)
             before.append(instance_accuracy(z))
             with torch.no_grad():
                 after.append(instance_accuracy(embed(encoder, x, args, theta_k)))
@@ -550,7 +554,7 @@ def parse_args(argv=None):
     add("--second-order", action="store_true",
         help="differentiate Eq. 7 through Eq. 6 (default: first order)")
     add("--factors", type=number(int, 1), help="n_f, columns of V (default: d / 2; d, the "
-        "paper's best, makes Eq. 1 zero by construction)")
+        "paper's best, makes Eq. 1 zero by construction; above d there is no QR)")
     add("--lambda-s", type=number(float, 0), default=0.1,
         help="lambda_s of Eq. 3; 0 = no L_w (default: 0.1; paper: 0.001 to 1)")
     add("--query-loss", choices=("brier", "nce", "sse"),
@@ -560,7 +564,7 @@ def parse_args(argv=None):
         help="take away: the QR of V, the skip path of f_w, the norm sqrt(d) of z, L_v [Table 12], "
         "calibration in Eqs. 6-7")
     add("--literal", action="store_true",
-        help="the paper's words: --without qr skip norm --query-loss sse; collapses")
+        help="nearer to the paper's words: --without qr skip norm --query-loss sse; collapses")
     return p.parse_args(argv)
 
 
@@ -616,6 +620,7 @@ def main(argv=None):
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     if args.compile:
         torch._dynamo.config.recompile_limit = 16   # views, tasks and evaluations differ in shape
+        torch._functorch.config.donated_buffer = False      # `diagnose` goes backward twice
         nets["backbone"].compile()
     opts = build_opts(nets, args)
 

@@ -10,8 +10,8 @@
 
 The frame is the base script's own main, with --baseline. What differs is handed to it by name:
 `main` below puts the combination's functions in the place of the script's train_step, build_nets,
-build_opts, fill_defaults, check_args and diagnose, for one run. Flags are those of the base script,
-and before them those of the enhancement:
+build_opts, fill_defaults, check_args and diagnose, for one run. Flags are those of the base script
+and these, in any order; a name that is in both is the enhancement's:
 
   tc2         --tasks 4  --inner-lr (byol 0.1, barlow 0.0001)  --lambda-s 0.1
   gessl       --tasks 2  --inner-steps 1  --target-steps 3  --inner-lr 0.005
@@ -27,6 +27,7 @@ was gained, not what could be.
   GradVac                  Wang et al. 2021, arXiv 2010.05874, Algorithm 1
   GradDrop                 Chen et al. 2020, arXiv 2010.06808, Algorithm 1
 """
+import copy
 import os
 import sys
 from unittest import mock
@@ -95,8 +96,8 @@ class Online(nn.Module):
 def tc2_step(nets, opts, tasks, args, loss):
     """One step on tasks (K, 4, n, 3, H, W) -> terms to log, as in simclr_tc2.train_step.
 
-    loss(p, k, views): the base's, of the outputs p (2, n, d) for these two views of task k. It is
-    the support and the query loss. [TC2 Algorithm 1]"""
+    loss(p, k, half): the base's, of the outputs p (2, n, d) for the views `half`, SUPPORT or QUERY,
+    of task k. It is the support and the query loss. [TC2 Algorithm 1]"""
     online = Online(nets)
     theta = {name: p for name, p in online.named_parameters() if p.requires_grad}
 
@@ -143,8 +144,8 @@ def byol_tc2(nets, opts, views, args, progress):
     with torch.no_grad():
         z_target = byol_gessl.embed(nets["target"], tasks, args)    # (K, 4, n, d)
 
-    def loss(p, k, views):
-        return byol_gessl.byol_loss(p, z_target[k, views])
+    def loss(p, k, half):
+        return byol_gessl.byol_loss(p, z_target[k, half])
 
     terms = tc2_step(nets, opts, tasks, args, loss)
     follow(nets, args, progress)
@@ -152,7 +153,7 @@ def byol_tc2(nets, opts, views, args, progress):
 
 
 def barlow_tc2(nets, opts, views, args, progress):
-    def loss(z, k, views):
+    def loss(z, k, half):
         return barlow_loss(z[0], z[1], args.lambda_offdiag)
 
     return tc2_step(nets, opts, split_tasks(views, args.tasks), args, loss)
@@ -196,7 +197,7 @@ def simclr_task(encoder, x, theta, args):
 
 
 def simclr_gessl(nets, opts, views, args, progress):
-    """One step, terms as in byol_gessl.train_step. [GeSSL Algorithm 1]"""
+    """One step; its terms are named in byol_gessl.train_step. [GeSSL Algorithm 1]"""
     encoder = encoder_of(nets)
     theta = flatten(encoder)
     outer = torch.zeros_like(theta)
@@ -404,7 +405,14 @@ def replacements(base_name, enhancement, settings):
     def check_args(args, data, world):
         if world > 1:
             fail(f"{world} processes: combinations.py runs in one")
-        base_checks(args, data, world)
+        if enhancement == "gessl" and (args.views != 2 or not args.inner_lr):
+            fail("gessl: takes --views 2 and an --inner-lr above 0")
+        if enhancement in ("pcgrad", "gradvac", "graddrop") and args.tasks < 2:
+            fail(f"--tasks {args.tasks}: {enhancement} needs at least 2")
+        checked = copy.copy(args)
+        if enhancement == "gessl":                      # --batch-size is that of a task
+            checked.tasks = 1
+        base_checks(checked, data, world)
         K = args.tasks if enhancement == "tc2" else 1
         if args.batch_size % K or args.batch_size < 2 * K:
             fail(f"--batch-size {args.batch_size}: must be a multiple of --tasks {K}, at least 2 "

@@ -43,6 +43,7 @@ def support_step(nets, opts, views, args, progress):
         theta_k = {}
         for (name, p), g in zip(theta.items(), grads):
             theta_k[name] = (p - beta_1 * g).detach().requires_grad_()
+            # train_step clears .grad before the tasks and adds Eq. 7's: this adds Eq. 6's.
             share = g / args.tasks
             p.grad = share if p.grad is None else p.grad + share
         return theta_k
@@ -53,7 +54,8 @@ def support_step(nets, opts, views, args, progress):
 
 # ---- features: h is calibrated, not z ------------------------------------------------------------
 class FeatureCalibrated(nn.Module):
-    """Images x (m, n, 3, H, W) -> z_hat (m, n, d), by way of calibrated features h (m, n, d_h)."""
+    """Images x (m, n, 3, H, W) -> z_hat (m, n, d), by way of calibrated features h (m, n, d_h), of
+    norm sqrt(d_h)."""
     def __init__(self, nets):
         super().__init__()
         self.backbone = nets["backbone"]
@@ -146,6 +148,8 @@ def replacements(reading):
 
     def fill_defaults(args, data, device):
         args.out = args.out or f"runs/tc2_{reading}"
+        if reading == "features" and args.factors:
+            fail(f"--factors {args.factors}: with features n_f is half of their dimensions")
         augmentation = script_defaults(args, data, device)
         args.script = f"tc2_{reading}"
         return augmentation

@@ -108,6 +108,9 @@ def test_out_is_named_after_both(monkeypatch):
 @pytest.mark.parametrize("argv, word", [
     ([], "nothing"), (["byol"], "byol"), (["byol", "gessl"], "byol gessl"),
     (["tc2", "byol"], "simclr graddrop"), (["byol", "tc2", "--baseline"], "--baseline"),
+    (["simclr", "gessl", "--data", "fake", "--views", "3"], "--views 2"),
+    (["simclr", "gessl", "--data", "fake", "--inner-lr", "0"], "--inner-lr"),
+    (["simclr", "pcgrad", "--data", "fake", "--tasks", "1"], "--tasks 1"),
     (["byol", "tc2", "--tasks", "0"], "--tasks"), (["byol", "tc2", "--inner-lr", "-1"], "-1"),
     (["byol", "tc2", "--data", "fake", "--batch-size", "30"], "--batch-size 30"),
     (["byol", "tc2", "--data", "fake", "--batch-size", "4"], "--batch-size 4"),
@@ -118,6 +121,11 @@ def test_bad_input_ends_in_one_sentence(argv, word, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1 and word in error
+
+
+def test_tasks_of_gessl_are_batches_of_their_own_and_do_not_split_one():
+    combine(("simclr", "gessl"), "--batch-size", "8", "--tasks", "3", steps=1)
+    assert settings_of("r")["images_per_step"] == 24
 
 
 def test_several_processes_are_refused(capsys):

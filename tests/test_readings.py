@@ -70,6 +70,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(reading):
     (["features", "--second-order"], "--second-order"),
     (["features", "--without", "calibration"], "--without"),
     (["support", "--inner-lr", "0"], "--inner-lr 0"),
+    (["features", "--factors", "16"], "--factors 16"),
     (["support", "--batch-size", "30"], "--batch-size 30")])
 def test_bad_input_ends_in_one_sentence(argv, word, capsys):
     with pytest.raises(SystemExit) as stop:
