@@ -454,6 +454,12 @@ def difference_table():
     return table(["difference", "seeds", *ACCURACY_HEAD], rows)
 
 
+def pooled_variance(columns):
+    """Of columns of numbers about means of their own: each counts by its degrees of freedom."""
+    squares = sum((len(column) - 1) * statistics.variance(column) for column in columns)
+    return squares / sum(len(column) - 1 for column in columns)
+
+
 def visible(method, measure):
     """The smallest true gain in one of ACCURACIES that a paired test at 5 % finds four times in
     five.
@@ -461,14 +467,14 @@ def visible(method, measure):
     The spread is pooled over all differences of the method's table, since three seeds know their
     own only roughly; rows that have collapsed are left out."""
     names = next(names for names in SEEDS.values() if method in names)
-    variances = []
+    columns = []
     for a, b in PAIRS:
         if a in names and a not in COLLAPSED:
             column = differences(a, b, accuracies)[measure]
             if len(column) > 1:
-                variances.append(statistics.variance(column))
+                columns.append(column)
     n = len(seeds(method))
-    return FOUND[n] * (statistics.mean(variances) / n) ** 0.5
+    return FOUND[n] * (pooled_variance(columns) / n) ** 0.5
 
 
 def claim_table():
@@ -639,11 +645,9 @@ def length_visible(base, length, n):
 
     The spread is pooled over this length's differences from the same base method."""
     method = base.split("_")[0]
-    variances = []
-    for _, b, other, rows in length_differences():
-        if b.startswith(method) and other == length:
-            variances.append(statistics.variance(rows[0]))
-    return FOUND[n] * (statistics.mean(variances) / n) ** 0.5
+    columns = [rows[0] for _, b, other, rows in length_differences()
+               if b.startswith(method) and other == length]
+    return FOUND[n] * (pooled_variance(columns) / n) ** 0.5
 
 
 def p_cell(p):
@@ -694,8 +698,11 @@ def length_claim_table():
 
 
 def length_change_table():
-    """How the paired differences change from one length to another, at the seeds of both."""
+    """How the paired differences change from one length to another, at the seeds of both.
+
+    The p-values, of `linear`, are corrected for the lines of this table."""
     lines = []
+    p_values = []
     for a, b in LENGTH_PAIRS:
         for short, long in ((1, 4), (4, 16)):
             before = paired(a, b, both_probes, at_length(short))
@@ -705,9 +712,13 @@ def length_change_table():
             for seed in common:
                 rows.append([y - x for x, y in zip(before[seed], after[seed])])
             if len(rows) > 1:
-                cells = [f"{short} to {long}", str(len(rows)), *map(interval, columns(rows))]
+                changes = columns(rows)
+                p_values.append(student_p(changes[0]))
+                cells = [f"{short} to {long}", str(len(rows)), *map(interval, changes)]
                 lines.append([f"`{a}` - `{b}`", *cells])
-    return table(["difference", "length", "seeds", *BOTH_HEAD], lines)
+    for line, p in zip(lines, holm(p_values)):
+        line.append(p_cell(p))
+    return table(["difference", "length", "seeds", *BOTH_HEAD, "p, Holm"], lines)
 
 
 # ---- further tables ------------------------------------------------------------------------------

@@ -349,7 +349,8 @@ def check_holm(printed, p_values):
 
 def test_changes_with_length_are_differences_of_paired_differences():
     lines = page_tables()["Change with length"]
-    for name, lengths, n, *cells in lines:
+    p_values = []
+    for name, lengths, n, *cells, _ in lines:
         a, b = re.findall(r"`(\w+)`", name)
         short, long = lengths.split(" to ")
         rows = [length_folders(row, length) for row in (a, b) for length in (short, long)]
@@ -359,19 +360,26 @@ def test_changes_with_length_are_differences_of_paired_differences():
         for length in (long, short):
             found.append(length_accuracies(a, length, common)
                          - length_accuracies(b, length, common))
-        for cell, column in zip(cells, (found[0] - found[1]).T, strict=True):
+        changes = found[0] - found[1]
+        for cell, column in zip(cells, changes.T, strict=True):
             check_interval(cell, column)
+        p_values.append(two_sided_p(changes[:, 0]))
     assert len(lines) > 3
+    check_holm([line[-1] for line in lines], p_values)
 
 
 def smallest_visible(base, length, n):
     """See `test_visible_is_the_gain_that_a_paired_test_finds_four_times_in_five`."""
-    variances = []
+    residuals = []              # of each difference, about its own mean
+    freedom = 0
     for name, at, *_ in page_tables()["Differences over lengths"]:
         a, b = re.findall(r"`(\w+)`", name)
         if at == length and b.split("_")[0] == base.split("_")[0]:
-            variances.append(np.var(length_paired(a, b, length)[:, 0], ddof=1))
-    return {3: 5.66, 4: 4.26, 5: 3.76}[n] * (np.mean(variances) / n) ** 0.5
+            linear = length_paired(a, b, length)[:, 0]
+            residuals.extend(linear - linear.mean())
+            freedom += len(linear) - 1
+    variance = np.square(residuals).sum() / freedom
+    return {3: 5.66, 4: 4.26, 5: 3.76}[n] * (variance / n) ** 0.5
 
 
 def all_length_rows(length):
