@@ -24,7 +24,7 @@ One step, [GeSSL Algorithm 1]:
   f_theta^{l,K+lambda}   target                     (P,) lambda (--target-steps) steps later
   l(f_theta, X)          task(theta)[0]             BYOL's loss, z' fixed during the task
   pi(f_theta(x))         task(theta)[1]             (2, N, N) logits: which of the N images is it?
-  p, z'                  p, z_target                (2, N, d) prediction; xi's projection
+  p, z'                  p, z_target                (2, N, d) prediction; from the moving average
   alpha, beta            --inner-lr, --lr           plain gradient descent, AdamW
 
   python byol_gessl.py                                            drawn shapes, a minute on a laptop
@@ -670,7 +670,7 @@ def main(argv=None):
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     if args.compile:
         torch._dynamo.config.recompile_limit = 16   # views, tasks and evaluations differ in shape
-        torch._functorch.config.donated_buffer = False      # `diagnose` goes backward twice
+        torch._functorch.config.donated_buffer = False      # a `diagnose` may go backward twice
         nets["backbone"].compile()
     opts = build_opts(nets, args)
 

@@ -806,7 +806,7 @@ def main(argv=None):
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     if args.compile:
         torch._dynamo.config.recompile_limit = 16   # views, tasks and evaluations differ in shape
-        torch._functorch.config.donated_buffer = False      # `diagnose` goes backward twice
+        torch._functorch.config.donated_buffer = False      # a `diagnose` may go backward twice
         nets["backbone"].compile()
     opts = build_opts(nets, args)
 
