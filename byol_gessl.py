@@ -65,8 +65,9 @@ SOLVER_TERMS = 5        # highest power of the Neumann series; iterations of con
 FD_LENGTH = 0.03        # ||e v|| of the finite difference; shorter is worse in ReLU networks
 
 # A recipe for each of the two views. jitter: brightness, contrast, saturation, hue.
-# imagenet: BYOL's asymmetric pair [BYOL Appendix B]. GeSSL's Appendix C says "the same data
-# augmentation scheme as SimCLR", for every base method: that is not what BYOL was tuned for.
+# GeSSL's Appendix C says "the same data augmentation scheme as SimCLR", for every base method.
+# imagenet has BYOL's asymmetric pair in its place, which BYOL was tuned for [BYOL Appendix B];
+# small has TC2's weaker one (the paper of simclr_tc2.py), shapes that with more gray.
 WEAK = {"crop": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5,
         "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.1, "blur_p": 0.0,
         "solarize_p": 0.0, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
@@ -295,7 +296,7 @@ def difference_hvp(task, theta, gradient, v, length=FD_LENGTH):
     """H v = (grad(theta) - grad(theta - e v)) / e, e = length / ||v||; gradient is grad(theta).
 
     Backward: its error is -(e / 2) grad(v H v). Eq. 4 holds -alpha H v, so that its step descends
-    (alpha e / 2) v H v too, the curvature along v. With the paper's forward difference it climbs.
+    (alpha e / 2) v H v too, the curvature along v. With a forward difference it climbs.
     [GeSSL Eq. 21]"""
     e = length / v.norm().clamp(min=1e-30)
     behind = (theta - e * v).detach().requires_grad_()

@@ -18,7 +18,7 @@
   finetune     the whole network, on a class-balanced share of the labels
                [TC2 Table 8, GeSSL Table 2, SparseHead Table 2; a ViT: MAE Appendix A]
   fewshot      N-way K-shot episodes of test images: nearest centroid and logistic regression, with
-               95 % intervals [GeSSL Tables 4, 12]
+               95 % intervals [GeSSL Tables 4, 12, whose shots are augmentations of one image]
   spectrum     effective rank and eigenvalues of the features' covariance; spectrum.png
 
 RUN is a folder with backbone.pt; its last epoch is judged, never the best on the test set. Features

@@ -374,7 +374,7 @@ def batch_summary(z):
 
 
 def mlp(inputs, hidden, outputs):
-    """Three linear layers with ReLU, as f_v and f_w have them. [TC2 Appendix IV]"""
+    """Three linear layers with ReLU. [TC2 Appendix IV, of f_w; f_v has the same here]"""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(),
                          nn.Linear(hidden, hidden), nn.ReLU(),
                          nn.Linear(hidden, outputs))
@@ -732,8 +732,8 @@ def parse_args(argv=None):
     add("--mask-ratio", type=number(float, 0.05, 0.95), default=0.75,
         help="share of the patches that are masked (default: 0.75 as in MAE)")
     add("--norm-pixels", action=argparse.BooleanOptionalAction, default=None,
-        help="normalise each target patch, as in MAE (default: yes; not for shapes, whose patches "
-        "are often noise alone)")
+        help="normalise each target patch, MAE's better variant (default: yes; not for shapes, "
+        "whose patches are often noise alone)")
     add("--masks", type=number(int, 1),
         help="m, random masks of each image per step (default: 4, shapes: 2; 1 with --baseline)")
     add("--tasks", type=number(int, 1),

@@ -70,8 +70,8 @@ STRONG = {**WEAK, "crop": (0.08, 1.0), "jitter": (0.8, 0.8, 0.8, 0.2), "gray_p":
           "blur_p": 0.5, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 AUGMENTATION = {"shapes": WEAK, "small": WEAK, "imagenet": STRONG}
 
-# small: the protocol the paper cites (Ermolov et al. 2021), with a cosine schedule. imagenet: ours,
-# the paper states no optimiser.
+# The paper states no optimiser. small: the pre-training of Ermolov et al. 2021, whom it cites for
+# the linear probe, with a cosine schedule. imagenet: ours.
 RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 5, "batch_size": 64, "lr": 3e-3,
                "weight_decay": 1e-6, "warmup_epochs": 1.0, "eval_every": 1,
@@ -177,7 +177,7 @@ def batch_summary(z):
 
 
 def mlp(inputs, hidden, outputs):
-    """Three linear layers with ReLU, as f_v and f_w have them. [TC2 Appendix IV]"""
+    """Three linear layers with ReLU. [TC2 Appendix IV, of f_w; f_v has the same here]"""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(),
                          nn.Linear(hidden, hidden), nn.ReLU(),
                          nn.Linear(hidden, outputs))
@@ -348,7 +348,7 @@ def query_sse(query, anchors, temperature):
 
 
 def view_sse(query):
-    """The literal L_sse: squared distance of an image's views, query (v, n, d). It collapses."""
+    """L_sse as the squared distance of an image's views, query (v, n, d). It collapses."""
     a, b = torch.triu_indices(len(query), len(query), 1, device=query.device)
     return (query[a] - query[b]).square().sum(-1).mean()
 
@@ -356,7 +356,8 @@ def view_sse(query):
 def query_loss(z, args):
     """The loss of Eqs. 5 and 7 of one task's views z (m, n, d): support first, then query.
 
-    --query-loss sse, the paper's word, is `view_sse`; the default, brier, is `query_sse`."""
+    The paper does not say whose errors are squared: brier, the default, is `query_sse`, sse is
+    `view_sse`."""
     support, query = z[:len(z) // 2], z[len(z) // 2:]
     if args.query_loss == "sse":
         return view_sse(query)
@@ -559,7 +560,7 @@ def parse_args(argv=None):
         help="lambda_s of Eq. 3; 0 = no L_w (default: 0.1; paper: 0.001 to 1)")
     add("--query-loss", choices=("brier", "nce", "sse"),
         help="L_sse of Eqs. 5 and 7: brier, squared error of the n-way classification (default); "
-        "nce, InfoNCE; sse, the literal squared distance of views, which collapses")
+        "nce, InfoNCE; sse, squared distance of views, which collapses")
     add("--without", nargs="+", default=[], choices=("qr", "skip", "norm", "lv", "calibration"),
         help="take away: the QR of V, the skip path of f_w, the norm sqrt(d) of z, L_v [Table 12], "
         "calibration in Eqs. 6-7")
@@ -599,7 +600,7 @@ def check_args(args, data, world):
         fail(f"--tasks {args.tasks}: must be a multiple of the {world} processes, each holds whole "
              "tasks")
     if args.views < 4:
-        fail(f"--views {args.views}: TC2 needs at least 4, two for support and two for query")
+        fail(f"--views {args.views}: TC2 takes at least 4 here, two for support and two for query")
     if args.sync_bn:
         fail("--sync-bn: goes with --baseline; a task's passes lie in one process")
     if args.compile and args.second_order:

@@ -18,8 +18,8 @@ builds its projector. Results stand beside those of eval_linear.py in RUN/eval.j
 
 Where this differs from the papers. sigma: Eq. 1 has KL(pi | one-hot), which is infinite for every
 pi but the one-hot one; here is KL(one-hot | pi) = -log pi_y (in the worked example of Appendix B.1
--ln 0.81 = 0.2107; the paper prints 0.0924). It is of the instance task alone; the charts of Figs. 5
-and 6 have five kinds of tasks. Temperature: the one with the lowest sigma on other images.
+-ln 0.81 = 0.2107; the paper prints 0.0924). It is of the instance task alone; Figs. 5 and
+6 have five image and five video tasks. Temperature: the one with the lowest sigma on other images.
 distance-ratio: Eq. 9 has raw distances; here the rows are normalised first, as InfoNCE sees them,
 so that runs of different norms compare. Large values can mean collapse: look at `_std` too.
 """
