@@ -15,8 +15,9 @@ One step, [Barlow Twins Algorithm 1] with the penalty of [SparseHead Section 6]:
   C = correlation of z1 and z2 over the batch                             Barlow Twins Eq. 2
   L = sum_i (1 - C_ii)^2 + lambda_o sum_{i != j} C_ij^2                   Barlow Twins Eq. 1
   theta, phi <- a step of Adam on L + lambda ||W'||_{2,1}                 SparseHead Eqs. 12, 13
-W' is W with rows of unit norm (--penalty rownorm), or W itself (plain). With prox and bilevel the
-step is on L alone: a proximal step on W follows it (prox), or several give W^t before it (bilevel).
+W' is W with rows of unit norm (--penalty rownorm; inputs: its columns times the spread of their
+inputs), or W itself (plain). prox: the step is on L alone, then comes a proximal step on W.
+bilevel: proximal steps from W give W^t, theta takes a step on L at W^t, W moves towards W^t.
 
   paper           here                  shape, meaning
   r = f_theta(x)  r                     (2, n, d) representation, what is kept after training
@@ -45,8 +46,9 @@ rest: (1) The default penalises W with unit rows, not W. (2) lambda = 0.3 for it
 nothing. (3) One W for all batches, trained with theta, where Eqs. 12-13 have a W^t for each
 (--penalty bilevel). (4) Groups are columns, by the support in Section 5.2; a smaller
 "dimensionality of the embedding" (Section 5.3) would need rows. (5) What "sparse" means is counted:
-columns below 1e-3 of the largest, and exact zeros. (6) No weight decay on W. (8) Adam at every
-scale, not Barlow Twins' LARS.
+columns below 1e-3 of the largest, exact zeros, and inputs in use, since BatchNorm can fake the
+first. (6) No weight decay on W. (8) Adam at every scale, not Barlow Twins' LARS. (10) The penalty
+sees W alone: --penalty inputs weighs a column by the spread of its input.
 """
 import math
 import sys
@@ -61,7 +63,8 @@ from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_s
                     world_size)
 
 SCRIPT = "barlow_sparsehead"
-LAMBDA_SPARSE = {"rownorm": 0.3, "prox": 3.0, "plain": 1e-4, "bilevel": 1.0, "none": 0.0}
+LAMBDA_SPARSE = {"rownorm": 0.3, "inputs": 0.3, "prox": 3.0, "plain": 1e-4, "bilevel": 1.0,
+                 "none": 0.0}
 LIVE = 1e-3             # a column below this share of the largest counts as dead
 RHO = 0.1               # with --penalty bilevel, how far W follows each W^t
 
@@ -94,8 +97,10 @@ RECIPES = {
 
 # A term above its limit warns once, on the screen and in the log.
 LIMITS = {"rescaling": (0.5, "most of the penalty's gradient rescales rows of W, and the loss does "
-                             "not see the scale of a row of W: the penalty shrinks all of W and "
-                             "removes no column; --penalty rownorm and prox do")}
+                             "not see the scale of a row of W: a large lambda shrinks all of W, "
+                             "none removes a column; --penalty rownorm and prox do"),
+          "zero_columns": (0.99999, "all of W is zero, and nothing will train any more: lower "
+                                    "--lambda-sparse")}
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -196,13 +201,24 @@ def row_normalize(W):
     """W (m, H) with rows of unit norm; zero rows stay.
 
     Barlow's loss is the same for W and for the result. l21_norm of the result lies between sqrt(m),
-    one column left, and sqrt(m H), all alike: it can fall only by sparsity."""
+    one column left, and sqrt(m H), all alike: it can fall only as columns become unequal."""
     norms = torch.linalg.vector_norm(W, dim=1, keepdim=True)
     return W / norms.clamp(min=1e-12)
 
 
+def input_spread(u):
+    """(H,) standard deviation of each input u (2, n, H) of the last layer, over all processes.
+
+    If BatchNorm makes input j c times larger, and column j of W becomes c times shorter, z stays as
+    it is: how much an input counts is the product of both. No gradient flows."""
+    u = u.detach().flatten(0, 1)
+    N = len(u) * world_size()
+    mean = all_reduce_sum(u.sum(0)) / N
+    return (all_reduce_sum((u - mean).square().sum(0)) / N).sqrt()
+
+
 def sparse_penalty(W, penalty):
-    """L2,1 of W (plain), or of W with unit rows (rownorm, and where it is only logged).
+    """L2,1 of W (plain), or of W with unit rows (the others, where it may be only logged).
 
     [SparseHead Eqs. 12-13]"""
     if penalty == "plain":
@@ -272,10 +288,12 @@ def train_step(nets, opts, views, args, progress):
     """One step, optimiser included: views (2, n, 3, height, width) of this process -> terms to log.
 
     loss_ssl      loss_invariance + loss_redundancy, the two terms of Barlow Twins' loss
-    loss_sparse   the penalty without its weight, of W before the step; the terms of `sparsity` are
-                  of W after it
-    std_z         spread over directions: should stay near 1; 0 = collapsed
-    var_z         variance before `standardize`: should stay far above its epsilon, 1e-5
+    loss_sparse   the penalty without its weight, of W before the step; prox, bilevel, --baseline:
+                  L2,1 of W with unit rows, which is not in the loss
+    l21 .. zero_columns   see `sparsity`, of W after the step
+    live_inputs   live_columns of W times `input_spread`: the share of the inputs that are used
+    std_z         spread over directions: 0.6 to 0.95 in our runs; 0 = collapsed
+    var_z         variance before `standardize`, above its epsilon, 1e-5; rownorm lowers it
     rescaling     plain: the part of the penalty's gradient that the loss does not see, see
                   `rescaling_share`
     batch_columns, support_change   bilevel: share of columns live in W^t; share live in one of W
@@ -295,10 +313,12 @@ def train_step(nets, opts, views, args, progress):
 
     # Eq. 12 with the penalty of Section 6; lambda_o is in the redundancy.
     invariance, redundancy = barlow_terms(z1, z2, args.lambda_offdiag)
-    penalty = sparse_penalty(W, args.penalty)
+    spread = input_spread(u)
+    weighed = W * spread if args.penalty == "inputs" else W
+    penalty = sparse_penalty(weighed, args.penalty)
     loss_ssl = invariance + redundancy
     loss = loss_ssl
-    if args.penalty in ("plain", "rownorm"):
+    if args.penalty in ("plain", "rownorm", "inputs"):
         loss = loss + args.lambda_sparse * penalty
 
     opt.zero_grad()
@@ -319,9 +339,10 @@ def train_step(nets, opts, views, args, progress):
             W.lerp_(W_t, RHO)
             terms["batch_columns"] = live_columns(W_t).to(W.dtype).mean()
             terms["support_change"] = (live_columns(W_t) != live_columns(W)).to(W.dtype).mean()
-        if args.penalty == "plain":
+        if args.penalty == "plain" and args.lambda_sparse:
             terms["rescaling"] = rescaling_share(W)
         terms |= sparsity(W)
+        terms["live_inputs"] = live_columns(W * spread).to(W.dtype).mean()
         nets["projector"].live_columns.copy_(live_columns(W))
     return {name: value.detach() for name, value in terms.items()}
 
@@ -330,6 +351,7 @@ def train_step(nets, opts, views, args, progress):
 def diagnose(nets, views, args):
     """rank_r, rank_z: effective ranks of representation and embedding, first view, last batch.
 
+    At most n - 1; over the test set, as in the paper: results/measures.py.
     [SparseHead Figs. 1 and 3]"""
     with torch.no_grad(), batch_stats_only(nets):
         r, _, z = embed(nets, views, args)
@@ -346,10 +368,12 @@ def parse_args(argv=None):
     add("--head", choices=("mlp", "linear", "none"), default="mlp",
         help="mlp: two layers with BatchNorm and ReLU, as in the paper (default); linear: one "
         "layer; none: z = r, with --baseline")
-    add("--dim", type=number(int, 2), help="m, width of the embedding; none: that of r")
+    add("--dim", type=number(int, 2), help="m, width of the embedding; --head none: that of r")
     add("--hidden", type=number(int, 2), help="H, width of the hidden layer of the mlp head")
-    add("--penalty", choices=("rownorm", "prox", "plain", "bilevel"), default="rownorm",
-        help="rownorm: L2,1 of W with unit rows (default); prox: after each step columns are "
+    add("--penalty", choices=("rownorm", "inputs", "prox", "plain", "bilevel"),
+        default="rownorm",
+        help="rownorm: L2,1 of W with unit rows (default); inputs: the same, each column times the "
+        "spread of its input, which BatchNorm cannot evade; prox: after each step columns are "
         "shortened, then rows set to unit norm: exact zeros; plain: the paper's, L2,1 of W; "
         "bilevel: a W for each batch, by proximal steps")
     add("--lambda-sparse", type=number(float, 0),

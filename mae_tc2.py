@@ -11,7 +11,7 @@ token, between encoder and decoder, as a combination of factors that all tasks s
 
 One step, [TC2 Algorithm 1]:
   split the batch into K tasks of n images, draw m masks of each image         lines 2-3
-  Z = tokens of the visible patches, between encoder and decoder, S = batch_summary(Z)
+  Z = tokens of class and visible patches, between encoder and decoder, S = batch_summary(Z)
   f_v, f_w <- a step on the support masks, then one on the query masks         line 4   Eqs. 4, 5
   theta_k  <- theta - beta_1 grad L_support(theta)           for each task     line 5   Eq. 6
   theta    <- theta - beta_2 mean_k grad L_query(theta_k)                      line 5   Eq. 7
@@ -35,9 +35,10 @@ One step, [TC2 Algorithm 1]:
   python mae_tc2.py --data /imagenet100                        one GPU; plain MAE: --baseline
   torchrun --nproc-per-node 4 mae_tc2.py --data /imagenet100   whole tasks: 8 need --tasks 8
 
-Controls: `--baseline --masks 4` MAE at equal masks (drawn shapes: 2) | `--baseline` with more
-`--epochs` at equal compute | `--inner-lr 0` no inner loop | `--without calibration` plain
-first-order MAML.
+Controls: `--baseline --masks 4` MAE at equal masks (drawn shapes: 2), of which TC2's query masks,
+half of them, give theta its gradient | `--baseline` with 7.3 times the `--epochs` (drawn shapes:
+3.7) at equal compute | `--inner-lr 0` no inner loop: the support masks train f_v and f_w alone |
+`--without calibration` plain first-order MAML; f_v and f_w train beside it, for the log.
 
 Result (results/mae.md): at CPU scale TC2 trains, and does not beat MAE at equal images or at equal
 compute; not run at ImageNet scale.
@@ -49,7 +50,9 @@ not the image's vector: the decoder has to see z_hat. (9) Tokens are standardise
 calibration and scaled back after it. (10) L_sse is MAE's mean, the sum divided by the number of
 pixels. (11) The whole image is the target, not in the support set: it has no masked patch. (12) f_v
 and f_w learn through the decoder as it is. (13) Up to 96 px the frequencies of the positions end
-near 1 / 30, not near 1e-4. (14) Raw pixels as target on drawn shapes.
+near 1 / 30, not near 1e-4. (14) Raw pixels as target on drawn shapes. (15) Features are the mean of
+the patch tokens. Below Eq. 2 the paper prints W_j = f_w(z_j) V^T; that has d entries, not n_f, so
+W_j = f_w(z_j). More rows of results/tc2.md hold here too, see results/mae.md.
 """
 import argparse
 import contextlib
@@ -99,8 +102,9 @@ RECIPES = {
 }
 
 # A term above its limit warns once, on the screen and in the log.
-LIMITS = {"inner_step": (0.003, "the inner step is long beside the weights, one of 0.004 cost a "
-                                "point: lower --inner-lr")}
+LIMITS = {"inner_step": (0.003, "the inner step is long beside the weights; if it stays so (in the "
+                                "first steps it is ten times longer), that costs a point: lower "
+                                "--inner-lr")}
 
 
 # ---- patches and masks ---------------------------------------------------------------------------
@@ -475,7 +479,8 @@ def update_factors(nets, opt, Z, S, on_support, on_query, lambda_v, lambda_s):
     take_step(opt, loss_support + lambda_v * loss_v + lambda_s * loss_w)
 
     # Eq. 5: a step on the query views, at f'_v and f'_w. It does not differentiate through Eq. 4.
-    # W of all views: on_query may make its anchors of the support views.
+    # W of all views: on_query takes what it needs. SimCLR makes its anchors of the support views,
+    # MAE leaves them out.
     V = factor_net(S)
     W = weight_net(Z, V)
     loss_query = mean_over_tasks(on_query, W @ V.T)
@@ -606,7 +611,8 @@ def train_step(nets, opts, views, args, progress):
                 theta_k = inner_step(theta, support_loss, args.inner_lr, args.second_order)
                 support_losses.append(support_loss.detach())
 
-            # The autoencoder with the weights theta_k; none of them has a second name, to be tied.
+            # The autoencoder with the weights theta_k. No weight is shared under two names, so that
+            # there is none to tie.
             inputs = (images, order[half:], calibrated)
             predicted = functional_call(autoencoder, theta_k, inputs, tie_weights=False)
             query_loss = reconstruction_loss(predicted, target, order[half:], T)
@@ -742,8 +748,9 @@ def parse_args(argv=None):
         help="beta_1 of Eq. 6; 0 = no inner loop (default: 0.01)")
     add("--second-order", action="store_true",
         help="differentiate Eq. 7 through Eq. 6 (default: first order)")
-    add("--factors", type=number(int, 1), help="n_f, columns of V (default: d / 2; d, the "
-        "paper's best, makes Eq. 1 zero by construction; above d there is no QR)")
+    add("--factors", type=number(int, 1),
+        help="n_f, columns of V (default: d / 2; d, here the decoder's width and the paper's best, "
+        "makes Eq. 1 zero by construction; above d there is no QR)")
     add("--lambda-s", type=number(float, 0), default=0.1,
         help="lambda_s of Eq. 3; 0 = no L_w (default: 0.1; paper: 0.001 to 1)")
     add("--without", nargs="+", default=[], choices=("qr", "skip", "lv", "calibration"),

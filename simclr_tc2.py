@@ -32,8 +32,9 @@ One step, [TC2 Algorithm 1]:
   torchrun --nproc-per-node 4 simclr_tc2.py --data /imagenet100   whole tasks; 8 GPUs: --tasks 8
 
 Controls: `--baseline --views 4` SimCLR at equal views | `--inner-lr 0` no inner loop |
-`--without calibration` plain first-order MAML | `--baseline --tasks 2 --views 2` the paper's
-SimCLR+T, tasks with neither calibration nor inner loop | `--literal` nearer to the paper's words.
+`--without calibration` plain first-order MAML; f_v and f_w train beside it, for the log |
+`--baseline --tasks 2 --views 2` the paper's SimCLR+T, tasks with neither calibration nor inner loop
+| `--literal` nearer to the paper's words.
 
 Result (results/tc2.md): at CPU scale TC2 trains, does not collapse, and does not beat SimCLR at
 equal compute; not run at ImageNet scale.
@@ -278,7 +279,8 @@ def update_factors(nets, opt, Z, S, on_support, on_query, lambda_v, lambda_s):
     take_step(opt, loss_support + lambda_v * loss_v + lambda_s * loss_w)
 
     # Eq. 5: a step on the query views, at f'_v and f'_w. It does not differentiate through Eq. 4.
-    # W of all views: on_query may make its anchors of the support views.
+    # W of all views: on_query takes what it needs. SimCLR makes its anchors of the support views,
+    # MAE leaves them out.
     V = factor_net(S)
     W = weight_net(Z, V)
     loss_query = mean_over_tasks(on_query, W @ V.T)

@@ -64,6 +64,7 @@ declare -A rows=(
   [lookahead]="$gessl --lookahead"
   [barlow]="$barlow --baseline $(epochs 4)"
   [rownorm]="$barlow $(epochs 4)"
+  [inputs]="$barlow --penalty inputs $(epochs 4)"
   [mae]="$mae --baseline $(epochs 4)"
   [mae_2masks]="$mae --baseline --masks 2 $(epochs 4)"
   [mae_equal_passes]="$mae --baseline $(epochs 15)"

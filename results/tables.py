@@ -78,7 +78,7 @@ LENGTH_ROWS = {
     "BYOL and GeSSL": [
         "byol", "byol_large_batch", "byol_large_batch_equal_passes", "gessl", "gessl_ssl_4",
         "lookahead"],
-    "Barlow Twins and SparseHead": ["barlow", "rownorm"],
+    "Barlow Twins and SparseHead": ["barlow", "rownorm", "inputs"],
     "MAE and TC2": ["mae", "mae_2masks", "mae_equal_passes", "mae_tc2"],
     "Other bases": [
         "byol_large_batch_4epochs", "byol_tc2", "barlow_equal_passes", "barlow_tc2",
@@ -95,7 +95,7 @@ LENGTH_PAIRS = [
     ("tc2_no_calibration", "tc2"), ("tc2_512", "simclr_4views_512"),
     ("gessl", "byol"), ("gessl", "byol_large_batch"), ("gessl", "byol_large_batch_equal_passes"),
     ("gessl_ssl_4", "gessl"), ("lookahead", "gessl"),
-    ("rownorm", "barlow"),
+    ("rownorm", "barlow"), ("inputs", "barlow"), ("inputs", "rownorm"),
     ("mae_tc2", "mae"), ("mae_tc2", "mae_2masks"), ("mae_tc2", "mae_equal_passes"),
     ("byol_tc2", "byol_large_batch_4epochs"), ("byol_tc2", "byol_large_batch_equal_passes"),
     ("barlow_tc2", "barlow"), ("barlow_tc2", "barlow_equal_passes"),

@@ -22,13 +22,13 @@ import barlow_sparsehead
 import simclr_tc2
 from barlow_sparsehead import (RHO, barlow_loss, barlow_terms, batch_head, build_nets, build_opts,
                                check_args, column_norms, cross_correlation, diagnose, embed,
-                               fill_defaults, l21_norm, live_columns, parse_args, prox_l21,
-                               rescaling_share, row_normalize, sparse_penalty, sparsity,
+                               fill_defaults, input_spread, l21_norm, live_columns, parse_args,
+                               prox_l21, rescaling_share, row_normalize, sparse_penalty, sparsity,
                                standardize, train_step)
 from common import Data
 from conftest import checkpoint, rows, tiny
 
-PENALTIES = ["plain", "rownorm", "prox", "bilevel"]
+PENALTIES = ["plain", "rownorm", "inputs", "prox", "bilevel"]
 W_NAME = "projector.3.weight"
 
 
@@ -536,7 +536,7 @@ def test_baseline_starts_from_the_same_weights_and_sees_the_same_augmentation():
 
 
 @pytest.mark.parametrize("penalty, expected", [
-    ("rownorm", 0.3), ("prox", 3.0), ("plain", 1e-4), ("bilevel", 1.0)])
+    ("rownorm", 0.3), ("inputs", 0.3), ("prox", 3.0), ("plain", 1e-4), ("bilevel", 1.0)])
 def test_each_penalty_has_its_lambda(penalty, expected):
     data = Data("fake", range(512), None, [], None, 32, None, "")
     args = parse_args(["--penalty", penalty])
@@ -613,7 +613,10 @@ def hand_update(nets, views, args, lr=1.0, lr_W=0.5, decay=0.1):
     """{name: parameter} after a step of plain gradient descent, by hand."""
     params = dict(nets.named_parameters())
     loss = sum(slow_terms(*slow_embeddings(nets, views), args.lambda_offdiag))
-    if args.penalty != "prox":
+    if args.penalty == "inputs":
+        spread = slow_inputs(nets, views).detach().std(0, correction=0)
+        loss = loss + args.lambda_sparse * slow_penalty(weight(nets) * spread, "rownorm")
+    elif args.penalty != "prox":
         loss = loss + args.lambda_sparse * slow_penalty(weight(nets), args.penalty)
     new = {}
     for (name, p), g in zip(params.items(), grad(loss, list(params.values()))):
@@ -628,7 +631,7 @@ def hand_update(nets, views, args, lr=1.0, lr_W=0.5, decay=0.1):
 
 @pytest.mark.parametrize("penalty, head, lambda_sparse", [
     ("plain", "mlp", 0.7), ("rownorm", "mlp", 0.7), ("rownorm", "linear", 0.7),
-    ("prox", "mlp", 2.0)])
+    ("inputs", "mlp", 0.7), ("inputs", "linear", 0.7), ("prox", "mlp", 2.0)])
 def test_update_and_terms_equal_those_by_hand(penalty, head, lambda_sparse):
     nets, args, views = toy(penalty=penalty, head=head, lambda_sparse=lambda_sparse)
     before = copy.deepcopy(nets)
@@ -641,12 +644,16 @@ def test_update_and_terms_equal_those_by_hand(penalty, head, lambda_sparse):
     first, second = slow_terms(z1, z2, args.lambda_offdiag)
     W = after[f"projector.{len(before['projector']) - 1}.weight"]
     norms = W.norm(dim=0)
+    spread = slow_inputs(before, views).std(0, correction=0)
+    penalised = weight(before) * spread if penalty == "inputs" else weight(before)
+    used = (W * spread).norm(dim=0)
     expected = {"loss_ssl": first + second, "loss_invariance": first, "loss_redundancy": second,
-                "loss_sparse": slow_penalty(weight(before), penalty), "l21": slow_l21(W),
+                "loss_sparse": slow_penalty(penalised, penalty), "l21": slow_l21(W),
                 "frobenius": (W ** 2).sum() ** 0.5, "var_z": z1.var(0).mean(),
                 "l21_normalized": slow_penalty(W, "rownorm") / W.numel() ** 0.5,
                 "live_columns": (norms > 1e-3 * norms.max()).double().mean(),
-                "zero_columns": (norms == 0).double().mean()}
+                "zero_columns": (norms == 0).double().mean(),
+                "live_inputs": (used > 1e-3 * used.max()).double().mean()}
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-6), name
     for name, value in terms.items():
@@ -679,7 +686,7 @@ def test_without_sparsity_the_step_is_barlow_twins_to_the_bit():
         barlow_loss(z1, z2, args.lambda_offdiag).backward()
         opt.step()
 
-    for args.penalty in ("none", "plain", "rownorm", "prox"):
+    for args.penalty in ("none", "plain", "rownorm", "inputs", "prox"):
         other = copy.deepcopy(nets)
         opts = build_opts(other, args)
         for _ in range(3):
@@ -690,7 +697,30 @@ def test_without_sparsity_the_step_is_barlow_twins_to_the_bit():
     assert (row_normalize(weight(other)) - weight(other)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("penalty", ["plain", "rownorm", "prox"])
+def test_batchnorm_can_fake_short_columns_but_not_unused_inputs():
+    """gamma_j and beta_j times c, column j over c: z and the penalty `inputs` are as they were."""
+    found = {}
+    for c in (1, 1e4):
+        nets, args, views = toy(penalty="inputs")
+        norm = nets["projector"][1]
+        with torch.no_grad():
+            norm.weight[:4] *= c
+            norm.bias[:4] *= c
+            weight(nets)[:, :4] /= c
+            _, u, z = embed(nets, views, args)
+        W = weight(nets).detach()
+        spread = input_spread(u)
+        assert_close(spread, slow_inputs(nets, views).std(0, correction=0))
+        found[c] = {"z": z, "inputs": sparse_penalty(W * spread, "inputs"),
+                    "used": live_columns(W * spread), "rownorm": sparse_penalty(W, "rownorm"),
+                    "live": live_columns(W).sum()}
+    for same in ("z", "inputs", "used"):
+        torch.testing.assert_close(found[1][same], found[1e4][same], rtol=1e-6, atol=1e-9)
+    assert found[1e4]["rownorm"] < 0.9 * found[1]["rownorm"]
+    assert found[1]["live"] - found[1e4]["live"] == 4
+
+
+@pytest.mark.parametrize("penalty", ["plain", "rownorm", "inputs", "prox"])
 def test_penalty_changes_the_update_of_W_alone(penalty):
     nets, args, views = toy(penalty=penalty)
     after, _ = after_a_step(nets, views, args)
@@ -943,20 +973,30 @@ def test_plain_l21_shrinks_W_without_removing_a_column_while_the_others_remove_c
 def test_plain_penalty_says_once_why_it_cannot_sparsify(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("common.plot_curves", print)
     monkeypatch.chdir(tmp_path)
-    for penalty, times in (("plain", 1), ("rownorm", 0)):
-        flags = ("--penalty", penalty, "--log-every", "1", "--max-steps", "3", "--out", penalty)
+    for penalty, lambda_sparse, times in (("plain", 1e-4, 1), ("plain", 0, 0), ("rownorm", 0.3, 0)):
+        out = f"{penalty}{lambda_sparse}"
+        flags = ("--penalty", penalty, "--lambda-sparse", str(lambda_sparse), "--log-every", "1",
+                 "--max-steps", "3", "--out", out)
         barlow_sparsehead.main(tiny("barlow_sparsehead", *flags))
         shown = capsys.readouterr().out
         assert shown.count("the loss does not see the scale of a row of W") == times
-        warnings = [row["warning"] for row in rows(penalty) if "warning" in row]
+        warnings = [row["warning"] for row in rows(out) if "warning" in row]
         assert len(warnings) == times
-        for row in rows(penalty):
+        for row in rows(out):
             if "lr" in row:
-                assert ("rescaling" in row) == (penalty == "plain")
-    saved = checkpoint("rownorm")["nets"]
+                assert ("rescaling" in row) == (times == 1)
+    saved = checkpoint("rownorm0.3")["nets"]
     mask = saved["projector.live_columns"]
     assert mask.dtype == torch.bool
     assert mask.shape == saved[W_NAME].shape[1:]
+
+
+def test_a_threshold_that_takes_all_of_W_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("common.plot_curves", print)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--penalty", "prox", "--lambda-sparse", "1e9", "--log-every", "1", "--max-steps", "2")
+    barlow_sparsehead.main(tiny("barlow_sparsehead", *flags, "--out", "dead"))
+    assert "all of W is zero, and nothing will train any more" in capsys.readouterr().out
 
 
 # ---- the penalty on other methods ----------------------------------------------------------------
