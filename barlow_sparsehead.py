@@ -59,8 +59,8 @@ from torch import nn
 from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only,
                     check_shared_flags, draw_views, effective_rank, embedding_std, fail,
                     fill_from_recipe, graceful_stop, load_data, lr_scale, make_backbone, monitor,
-                    number, open_run, run, save_run, set_lr, setup_processes, training_batches,
-                    world_size)
+                    number, open_run, parse, run, save_run, set_lr, setup_processes,
+                    training_batches, world_size)
 
 SCRIPT = "barlow_sparsehead"
 LAMBDA_SPARSE = {"rownorm": 0.3, "inputs": 0.3, "prox": 3.0, "plain": 1e-4, "bilevel": 1.0,
@@ -383,7 +383,7 @@ def parse_args(argv=None):
         help="bilevel: proximal steps from W to a batch's own; 0 = none, W stays (default: 5)")
     add("--inner-lr", type=number(float, 0), default=0.01,
         help="bilevel: their learning rate (default: 0.01)")
-    return p.parse_args(argv)
+    return parse(p, argv, ("penalty", "inner_steps", "inner_lr"))
 
 
 def fill_defaults(args, data, device):
@@ -445,7 +445,8 @@ def main(argv=None):
 
     with graceful_stop() as stop_signal:
         if data.test_labels is None:
-            log.show(f"{args.data} has no labels: the k-NN monitor is off")
+            log.show(f"{args.data} has no train/ and val/ or test/ of class folders: training "
+                     "without labels, the k-NN monitor is off")
         elif start == 0:                            # what the run has to beat
             log.show("step 0: k-NN before training ...", live=True)
             raw = evaluate(None) if torch.is_tensor(data.train) else {}
@@ -455,6 +456,7 @@ def main(argv=None):
         if start >= stop:
             log.show(f"complete at step {start}: nothing is left to train")
 
+        # A step of gradient descent is `train_step`; what stands around it looks, logs and saves.
         batches = training_batches(data, augmentation, args, rank, world, device, start, stop)
         for step, (views, index) in enumerate(batches, start + 1):      # counts steps that are done
             if step == 1 and rank == 0:
@@ -476,7 +478,7 @@ def main(argv=None):
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")
                 raise SystemExit(128 + signum)
-    labels = " --data FOLDER-WITH-CLASSES" if data.test_labels is None else ""
+    labels = " --data FOLDER-WITH-TRAIN-AND-VAL" if data.test_labels is None else ""
     log.end(f"done: {args.out}/backbone.pt, curves.png, views.png, log.jsonl; next: "
             f"python eval_linear.py {args.out}{labels}")
     # -- end shared --

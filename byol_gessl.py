@@ -58,7 +58,7 @@ from torch.func import functional_call
 from common import (Log, average_gradients, base_parser, batch_stats_only, check_shared_flags,
                     draw_views, effective_rank, embedding_std, fail, fill_from_recipe,
                     graceful_stop, load_data, lr_scale, make_backbone, monitor, number, open_run,
-                    run, save_run, set_lr, setup_processes, training_batches, world_size)
+                    parse, run, save_run, set_lr, setup_processes, training_batches, world_size)
 
 SCRIPT = "byol_gessl"
 SOLVER_TERMS = 5        # highest power of the Neumann series; iterations of conjugate gradients
@@ -99,6 +99,7 @@ RECIPES = {
 # A term above its limit warns once, on the screen and in the log.
 LIMITS = {"curvature": (1, "the step of Eq. 2 overshoots (fd), or a Neumann series diverges: "
                            "lower --inner-lr"),
+          "alpha_lambda_max": (1, "the step of Eq. 2 overshoots: lower --inner-lr"),
           "negative_curvature": (0, "conjugate gradients met negative curvature and stopped early: "
                                     "lower --inner-lr")}
 
@@ -408,10 +409,11 @@ def hypergradient(mode, outer, task, trajectory, gradients, alpha, terms=SOLVER_
 
 
 def gessl_task(task, theta, inner_steps, target_steps, alpha, hypergrad="fd", lookahead=False,
-               outer="kl"):
+               distance="kl"):
     """One task from theta (P,): (outer gradient, SSL gradient, terms). [GeSSL Algorithm 1]
 
-    task(theta) -> (loss, logits of pi (.., N)). theta is left alone. outer: kind of `outer_loss`"""
+    task(theta) -> (loss, logits of pi (.., N)). theta is left alone. distance: kind of
+    `outer_loss`."""
     # Lines 6-9: K steps. Only the first one calls task with the tensor theta itself: there
     # BatchNorm's running statistics move (`byol_task`).
     unroll = hypergrad == "exact" and not lookahead
@@ -445,7 +447,7 @@ def gessl_task(task, theta, inner_steps, target_steps, alpha, hypergrad="fd", lo
 
     # Line 10, Eq. 3, and the gradient of Eq. 4.
     _, logits = task(theta_K)
-    loss_kl = outer_loss(outer, target_logits, logits)
+    loss_kl = outer_loss(distance, target_logits, logits)
     gradient, curvature, negative = hypergradient(hypergrad, loss_kl, task, trajectory, gradients,
                                                   alpha)
     terms = {"loss_kl": loss_kl.detach(), **terms, "entropy_pi": relative_entropy(target_logits),
@@ -501,17 +503,17 @@ def train_step(nets, opts, views, args, progress):
     # Lines 5-16, task after task, each from theta.
     outer_gradient = torch.zeros_like(theta)
     ssl_gradient = torch.zeros_like(theta)
-    found = []
+    terms_of_tasks = []
     for x in tasks:
         with torch.no_grad():
             z_target = embed(nets["target"], x, args)           # (2, N, d)
         task = byol_task(online, x, z_target, theta, args)
-        outer_l, ssl_l, terms = gessl_task(task, theta, args.inner_steps, args.target_steps,
-                                           args.inner_lr, args.hypergrad, args.lookahead,
-                                           args.outer_loss)
-        outer_gradient += outer_l / M
-        ssl_gradient += ssl_l / M
-        found.append(terms)
+        outer_task, ssl_task, terms_task = gessl_task(
+            task, theta, args.inner_steps, args.target_steps, args.inner_lr, args.hypergrad,
+            args.lookahead, args.outer_loss)
+        outer_gradient += outer_task / M
+        ssl_gradient += ssl_task / M
+        terms_of_tasks.append(terms_task)
 
     # Line 17, Eq. 4, with AdamW for the descent.
     gradient = outer_gradient
@@ -526,8 +528,8 @@ def train_step(nets, opts, views, args, progress):
     ema_update(nets["target"], online[:2], decay)
 
     terms = {}
-    for name in found[0]:
-        terms[name] = torch.stack([of_task[name] for of_task in found]).mean()
+    for name in terms_of_tasks[0]:
+        terms[name] = torch.stack([of_task[name] for of_task in terms_of_tasks]).mean()
     terms["std_z"] = embedding_std(z_target[0])
     outer_norm = outer_gradient.norm()
     ssl_norm = ssl_gradient.norm()
@@ -625,7 +627,8 @@ def parse_args(argv=None):
     add("--temperature", type=number(float, 1e-3), help="tau of pi")
     add("--ema-decay", type=number(float, 0, 1),
         help="of BYOL's target per mini-batch at the start, rising to 1; 0 = no average")
-    return p.parse_args(argv)
+    return parse(p, argv, ("tasks", "inner_steps", "target_steps", "hypergrad", "lookahead",
+                           "ssl_weight", "outer_loss"))
 
 
 def fill_defaults(args, data, device):
@@ -692,7 +695,8 @@ def main(argv=None):
 
     with graceful_stop() as stop_signal:
         if data.test_labels is None:
-            log.show(f"{args.data} has no labels: the k-NN monitor is off")
+            log.show(f"{args.data} has no train/ and val/ or test/ of class folders: training "
+                     "without labels, the k-NN monitor is off")
         elif start == 0:                            # what the run has to beat
             log.show("step 0: k-NN before training ...", live=True)
             raw = evaluate(None) if torch.is_tensor(data.train) else {}
@@ -702,6 +706,7 @@ def main(argv=None):
         if start >= stop:
             log.show(f"complete at step {start}: nothing is left to train")
 
+        # A step of gradient descent is `train_step`; what stands around it looks, logs and saves.
         batches = training_batches(data, augmentation, args, rank, world, device, start, stop)
         for step, (views, index) in enumerate(batches, start + 1):      # counts steps that are done
             if step == 1 and rank == 0:
@@ -723,7 +728,7 @@ def main(argv=None):
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")
                 raise SystemExit(128 + signum)
-    labels = " --data FOLDER-WITH-CLASSES" if data.test_labels is None else ""
+    labels = " --data FOLDER-WITH-TRAIN-AND-VAL" if data.test_labels is None else ""
     log.end(f"done: {args.out}/backbone.pt, curves.png, views.png, log.jsonl; next: "
             f"python eval_linear.py {args.out}{labels}")
     # -- end shared --

@@ -46,6 +46,12 @@ def fail(sentence):
     raise SystemExit(2)
 
 
+def say(line):
+    """Print once, however many processes there are."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
@@ -118,16 +124,28 @@ def base_parser(doc, recipes, archs):
     return p
 
 
+def parse(p, argv, of_enhancement):
+    """The flags in argv. Those of the enhancement that --baseline leaves aside are named."""
+    args = p.parse_args(argv)
+    idle = [name for name in of_enhancement if getattr(args, name) != p.get_default(name)]
+    if args.baseline and idle:
+        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+        say(f"with --baseline these do nothing: {flags}")
+    return args
+
+
+def recipe_name(data_name, image_size):
+    """Which of a script's RECIPES and AUGMENTATION belongs to these images."""
+    if data_name == "shapes":
+        return "shapes"
+    return "small" if image_size <= SMALL else "imagenet"
+
+
 def fill_from_recipe(args, recipes, data, device, script):
     """Fill the flags left open from the recipe of the data, and return that recipe's name."""
     if args.image_size is None:
         args.image_size = data.size if data.size <= SMALL else 224
-    if data.name == "shapes":
-        recipe = "shapes"
-    elif args.image_size <= SMALL:
-        recipe = "small"
-    else:
-        recipe = "imagenet"
+    recipe = recipe_name(data.name, args.image_size)
 
     warmup_is_open = args.warmup_epochs is None
     for key, value in recipes[recipe].items():
@@ -364,6 +382,9 @@ def leave_signals_to_the_main_process(worker):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+named_files = set()     # bad ones: this process names each once
+
+
 def read_files(name, files, batches, workers, device):
     """Yield (images (m, n, 3, S, S) on `device`, n indices) of `files`, a Squares or Crops.
 
@@ -375,8 +396,9 @@ def read_files(name, files, batches, workers, device):
     allowed = min(math.ceil(BAD_FRACTION * n), n - 1)       # one image at least has to be left
     left_out = set()
     for images, index, bad in loader:
-        for path in sorted(set(bad) - left_out):
+        for path in sorted(set(bad) - named_files):
             print(f"left out: {path} cannot be decoded ({bad[path]})", file=sys.stderr)
+        named_files.update(bad)
         left_out.update(bad)
         if len(left_out) > allowed:
             fail(f"--data {name}: over {BAD_FRACTION:.0%} of {n} images cannot be decoded")
@@ -401,14 +423,18 @@ def squares(name, images, size, workers, device, resize=None):
 def list_images(folder):
     """Sorted names, relative to `folder`, of the images at every depth below it.
 
-    Left out: names that begin with a dot, Synology's @eaDir, and folders met a second time by a
-    link. Files of other kinds are counted in one line."""
+    Left out: names that begin with a dot, Synology's @eaDir, folders met a second time by a link,
+    and runs of these scripts, which hold pictures. Files of other kinds are counted in one line."""
     names, others, seen = [], collections.Counter(), {}
     prefix = os.path.join(folder, "")
     for where, folders, files in os.walk(folder, onerror=print, followlinks=True):
         real = os.path.realpath(where)
         if real in seen:
-            print(f"passed over: {where} is {seen[real]} again, by a link")
+            say(f"passed over: {where} is {seen[real]} again, by a link")
+            folders.clear()
+            continue
+        if {"log.jsonl", "views.png"} <= set(files):
+            say(f"passed over: {where} is a run")
             folders.clear()
             continue
         seen[real] = where
@@ -423,7 +449,7 @@ def list_images(folder):
                 others[suffix or "without a suffix"] += 1
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(9))
-        print(f"passed over in {folder}: {others.total()} files ({counts})")
+        say(f"passed over in {folder}: {others.total()} files ({counts})")
     return sorted(names)
 
 
@@ -432,7 +458,7 @@ def list_classes(folder):
     found = list_images(folder)
     names = [name for name in found if os.sep in name]
     if names and len(names) < len(found):
-        print(f"passed over in {folder}: {len(found) - len(names)} images in no class folder")
+        say(f"passed over in {folder}: {len(found) - len(names)} images in no class folder")
     class_of = [name.split(os.sep)[0] for name in names]
     classes, labels = np.unique(class_of, return_inverse=True)
     return names, torch.from_numpy(labels), classes.tolist()
@@ -467,16 +493,17 @@ def find_splits(name):
 def load_folder(name, image_size, workers):
     """A folder of images, with or without classes, as `Data`."""
     train_dir, test_dir = find_splits(name)
-    test, train_labels, test_labels, classes = [], None, None, None
+    test = []
+    train_labels = test_labels = classes = None
     if test_dir is None:
         train = list_images(train_dir)
     else:
         train, train_labels, classes = list_classes(train_dir)
         test, test_labels, test_classes = list_classes(test_dir)
-        odd = sorted(set(classes) ^ set(test_classes))
-        if odd:
+        unshared = sorted(set(classes) ^ set(test_classes))
+        if unshared:
             fail(f"--data {name}: {train_dir} and {test_dir} must have the same class folders with "
-                 f"images; only one of them has {', '.join(odd[:5])}")
+                 f"images; only one of them has {', '.join(unshared[:5])}")
     if not train:
         where = "in a class folder of" if test_dir else "in"
         fail(f"--data {name}: there is no image {where} {train_dir}")
@@ -493,20 +520,27 @@ def load_folder(name, image_size, workers):
     if not shapes:
         fail(f"--data {name}: cannot decode {train[0]}")
     size = int(np.median([min(shape) for shape in shapes.values()]))
-    if size > SMALL:
-        return Data(name, train, train_labels, test, test_labels, size, classes, fingerprint)
-
-    # Small images are read once, and all have one size. Labels follow those that can be decoded.
-    size = image_size or size
-    odd = [path for path, shape in shapes.items() if shape != (size, size)]
-    if odd and not image_size:
-        print(f"resized to {size} x {size} pixels, as are all of other sizes: {', '.join(odd[:5])}")
-    train, kept = decode_all(name, train, size, workers)
-    if classes:
-        train_labels = train_labels[kept]
-        test, kept = decode_all(name, test, size, workers)
-        test_labels = test_labels[kept]
+    if size <= SMALL:
+        # They are read once, and all have one size. Labels follow those that can be decoded.
+        size = image_size or size
+        other = [path for path, shape in shapes.items() if shape != (size, size)]
+        if other and not image_size:
+            height, width = shapes[other[0]]
+            say(f"images differ in size ({other[0]} is {width} x {height}): all are cut to {size} "
+                f"x {size}, the median of their shorter sides; --image-size chooses another")
+        train, kept = decode_all(name, train, size, workers)
+        if classes:
+            train_labels = train_labels[kept]
+            test, kept = decode_all(name, test, size, workers)
+            test_labels = test_labels[kept]
     return Data(name, train, train_labels, test, test_labels, size, classes, fingerprint)
+
+
+def pick(images, rows):
+    """The images at `rows`, from a tensor or a list of file names."""
+    if torch.is_tensor(images):
+        return images[rows]
+    return [images[i] for i in rows.tolist()]
 
 
 def decode_all(name, paths, size, workers):
@@ -532,16 +566,17 @@ def load_torchvision(name):
     if local_rank == 0 and world_size() > 1:
         dist.barrier()
 
-    parts = []
-    for dataset in (train, test):
+    def tensors(dataset):
         images = torch.as_tensor(dataset.data)
         if name == "stl10":
-            labels = dataset.labels
-        else:
-            labels = dataset.targets
-            images = images.movedim(3, 1).contiguous()      # CIFAR's channels come last
-        parts += [images, torch.as_tensor(labels).long()]
-    return Data(name, *parts, parts[0].shape[-1], train.classes, name)
+            return images, torch.as_tensor(dataset.labels).long()
+        images = images.movedim(3, 1).contiguous()          # CIFAR's channels come last
+        return images, torch.as_tensor(dataset.targets).long()
+
+    images, labels = tensors(train)
+    test_images, test_labels = tensors(test)
+    return Data(name, images, labels, test_images, test_labels, size=images.shape[-1],
+                classes=train.classes, fingerprint=name)
 
 
 BUILT_IN = ("shapes", "cifar10", "cifar100", "stl10", "fake")
@@ -550,7 +585,7 @@ BUILT_IN = ("shapes", "cifar10", "cifar100", "stl10", "fake")
 def load_data(name, image_size=None, workers=0):
     """Everything that --data can name, as `Data`. Bad input ends in `fail`."""
     if name in BUILT_IN and os.path.isdir(name):
-        print(f"--data {name}: the built-in data; the folder of that name is ./{name}")
+        say(f"--data {name}: the built-in data; the folder of that name is ./{name}")
     folder = os.path.expanduser(name)
     if name == "shapes":
         data = Data(name, *draw_shapes(4000, 1), *draw_shapes(1000, 2), 32, SHAPES, name)
@@ -575,6 +610,7 @@ def load_data(name, image_size=None, workers=0):
 def training_batches(data, recipes, args, rank, world, device, start, stop):
     """Yield, for each step in [start, stop), (views, index): this process's share of the batch.
 
+    Of args it reads images_per_step, image_size, seed and workers; of data, name and train.
     views (m, n, 3, S, S) float: one augmented view per recipe, files are cropped by the first one's
     crop and ratio; index: the n images they show.
     Order = f(seed, epoch), crops of files = f(seed, epoch, image), all else = f(seed, step, view):
@@ -593,26 +629,29 @@ def training_batches(data, recipes, args, rank, world, device, start, stop):
             batch = order[i * batch_size:(i + 1) * batch_size]
             yield [(epoch, image) for image in batch[share].tolist()]
 
-    in_memory = torch.is_tensor(data.train)
-    if in_memory:
+    def from_memory():
         train = data.train.to(device)
-        loader = ((None, [image for _, image in batch]) for batch in batches())
+        for batch in batches():
+            index = [image for _, image in batch]
+            images = train[to_device(torch.tensor(index), device)]
+            yield [images] * len(recipes), index
+
+    if torch.is_tensor(data.train):
+        loader = from_memory()
+        size = args.image_size
     else:
         files = Crops(data.train, args.image_size, len(recipes), recipes[0], args.seed)
         loader = read_files(data.name, files, batches(), args.workers, device)
+        size = None                             # they were cropped when they were read
 
-    for step, (crops, index) in enumerate(loader, start):
-        if in_memory:
-            images = train[to_device(torch.tensor(index), device)]
-            crops = [images] * len(recipes)
+    for step, (images, index) in enumerate(loader, start):
         views = []
         for v, recipe in enumerate(recipes):
             # The draws are made for the joined batch of all processes, each takes its share.
             g = rng(args.seed, step, v, 0)          # four numbers: not a key of a crop, see `Crops`
             operations = torch.randperm(4, generator=g).tolist()
             u = torch.rand(batch_size, AUGMENT_DRAWS, generator=g)[share]
-            size = args.image_size if in_memory else None
-            views.append(augment(crops[v], to_device(u, device), operations, recipe, size))
+            views.append(augment(images[v], to_device(u, device), operations, recipe, size))
         yield torch.stack(views), index
 
 
@@ -707,19 +746,20 @@ def gaussian_blur(x, sigma):
     weight = torch.exp(-0.5 * (tap / sigma.clamp(min=1e-3)[:, None]) ** 2)
     weight = weight / weight.sum(1, keepdim=True)                       # (n, taps)
 
+    # sees[j, i, t] = 1 where tap t of the new pixel i falls on the old pixel j.
     eye = torch.eye(size, device=x.device)[None]
-    eye = F.pad(eye, (radius, radius), mode="reflect")[0]
-    shifts = eye.unfold(1, 2 * radius + 1, 1)                           # (S, S, taps)
-    along = torch.einsum("nt,jit->nij", weight, shifts)[:, None]        # (n, 1, S, S)
-    return along @ x @ along.mT
+    padded = F.pad(eye, (radius, radius), mode="reflect")[0]
+    sees = padded.unfold(1, 2 * radius + 1, 1)                          # (S, S, taps)
+    blur = torch.einsum("nt,jit->nij", weight, sees)[:, None]           # (n, 1, new, old)
+    return blur @ x @ blur.mT                                           # columns, then rows
 
 
 def augment(images, u, order, recipe, size=None):
     """One view of each image, a pure function of the random numbers that it is given.
 
     images (n, 3, H, W) uint8 -> (n, 3, S, S) float, normalised. u (n, AUGMENT_DRAWS) uniform in
-    [0, 1); order: a permutation of the four colour operations; recipe: see RECIPES in a script;
-    size: S, or None for images that are cropped already."""
+    [0, 1); order: a permutation of the four colour operations; recipe: one of AUGMENTATION in a
+    script; size: S, or None for images that are cropped already."""
     box_draws, draws = u[:, :BOX_DRAWS], u[:, BOX_DRAWS:]
     flip, jitter, *strengths, gray, blur, sigma, solarize = draws.unbind(1)
     x = images.float().div_(255)
@@ -732,10 +772,12 @@ def augment(images, u, order, recipe, size=None):
     jittered = jitter < recipe["jitter_p"]
     for i in order:
         strength = recipe["jitter"][i]
+        if not strength:
+            continue
         change = (2 * strengths[i] - 1) * strength * jittered
-        if strength and operations[i] is hue:
+        if operations[i] is hue:
             x = hue(x, change)
-        elif strength:
+        else:
             x = operations[i](x, 1 + change)
 
     if recipe["gray_p"]:
@@ -906,21 +948,19 @@ def monitor(backbone, data, args, recipe, device):
     if data.test_labels is None:
         return {}
     share = 5 if device.type == "cpu" else 1
-    parts = []
-    for images, labels, limit in ((data.train, data.train_labels, 20000 // share),
-                                  (data.test, data.test_labels, 10000 // share)):
+
+    def features_of(images, labels, limit):
         rows = (labels >= 0).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=rng(0))[:limit]]    # files come by class
-        if torch.is_tensor(images):
-            images = images[rows]
-        else:
-            images = [images[i] for i in rows]
-        x, kept = extract_features(backbone or nn.Flatten(), data.name, images, args.image_size,
-                                   recipe, args.workers, device)
-        parts += [x, labels[rows][kept].to(device)]
-    _, _, queries, _ = parts
-    found = {"knn5": knn_accuracy(*parts),
-             "knn200_cosine": knn_accuracy(*parts, k=200, metric="cosine")}
+        x, kept = extract_features(backbone or nn.Flatten(), data.name, pick(images, rows),
+                                   args.image_size, recipe, args.workers, device)
+        return x, labels[rows][kept].to(device)
+
+    bank, bank_labels = features_of(data.train, data.train_labels, 20000 // share)
+    queries, labels = features_of(data.test, data.test_labels, 10000 // share)
+    features = (bank, bank_labels, queries, labels)
+    found = {"knn5": knn_accuracy(*features),
+             "knn200_cosine": knn_accuracy(*features, k=200, metric="cosine")}
     if backbone is not None:
         found["rank_h"] = effective_rank(queries).item()
     return found
@@ -1086,7 +1126,8 @@ def open_run(args, argv, data, nets, opts, rank):
         open_log(args.out, argv, settings, nets, step)
         for name, value in settings.items():
             print(f"{name:>16}  {value}")
-        print(f"goes on from step {step}" if step else "starts", "in", args.out, flush=True)
+        what = f"goes on from step {step}" if step else "starts"
+        print(f"{what} in {args.out}", flush=True)
     return step, settings
 
 
@@ -1127,6 +1168,8 @@ def open_log(out, argv, settings, nets, step):
 
     try:
         os.makedirs(out, exist_ok=True)
+    except FileExistsError:
+        fail(f"--out {out}: is a file; name a folder")
     except OSError as error:
         fail(f"--out {out}: {error}")
     save(f"{out}/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -1150,17 +1193,19 @@ class Log:
 
     def add(self, step, terms):
         """The terms of a step, {name: tensor}: this does not wait for the GPU, `write` does."""
+        if not self.names:                      # a sign of life: the first line may take minutes
+            self.show(f"step {step}/{self.stop}  is done", live=True)
         self.names = list(terms)
         self.pending[step] = torch.stack([value.float() for value in terms.values()])
 
     def write(self, nets, lr):
         """A line on the steps since the last one. Terms or weights that are not finite end it."""
         steps = list(self.pending)
-        values = torch.stack(list(self.pending.values()))
-        values = (all_reduce_sum(values) / world_size()).tolist()       # a row for each step
+        own = torch.stack(list(self.pending.values()))                  # (steps, terms)
+        table = (all_reduce_sum(own) / world_size()).tolist()           # a row for each step
         seconds = (time.perf_counter() - self.clock) / len(steps)
         self.pending = {}
-        for step, row in zip(steps, values):
+        for step, row in zip(steps, table):
             for name, value in zip(self.names, row):
                 self.check(step, name, value)
         weights = nets.state_dict()
@@ -1169,18 +1214,19 @@ class Log:
             self.end_badly(steps[-1], list(weights)[finite.index(False)])
 
         rate = self.images_per_step / seconds
-        left = seconds * (self.stop - steps[-1])
-        last = dict(zip(self.names, values[-1]))
+        last = dict(zip(self.names, table[-1]))
         self.append(step=steps[-1], lr=lr, images_per_s=round(rate, 1), **last)
         shown = "  ".join(f"{name} {last[name]:.3f}" for name in self.names[:3])
         speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
-        left = datetime.timedelta(seconds=round(left))
+        left = datetime.timedelta(seconds=round(seconds * (self.stop - steps[-1])))
         self.show(f"step {steps[-1]}/{self.stop}  {shown}{self.knn}  {speed} img/s  {left} left",
                   live=True)
 
     def event(self, step, **found):
         """A line on what an evaluation found, numbers or tensors."""
         found = {name: float(value) for name, value in found.items()}
+        for name, value in found.items():
+            self.warn(step, name, value)
         if "knn5" in found:
             self.knn = f"  knn5 {found['knn5']:.1f}"
         self.append(step=step, **found)
@@ -1188,9 +1234,13 @@ class Log:
         self.show(f"step {step}  {shown}")
 
     def check(self, step, name, value):
-        """A term that is not finite ends the run; one above its limit warns, once."""
+        """A term that is not finite ends the run."""
         if not math.isfinite(value):
             self.end_badly(step, name)
+        self.warn(step, name, value)
+
+    def warn(self, step, name, value):
+        """A term above its limit warns, once."""
         limit, sentence = self.limits.get(name, (math.inf, ""))
         if value > limit:
             del self.limits[name]
@@ -1223,6 +1273,7 @@ class Log:
             self.show("the cores were shared: if it was with other programs, OMP_NUM_THREADS=1 is "
                       "several times faster")
         if dist.is_initialized():
+            dist.barrier()                      # none leaves while another one still writes
             dist.destroy_process_group()
 
     def end_badly(self, step, name):
@@ -1258,7 +1309,7 @@ def graceful_stop():
         if seen and time.monotonic() - seen[0][1] > 1:
             raise KeyboardInterrupt
         if not seen and int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again ends at once\n")
+            os.write(2, b"\nfinishing what is under way, then saving; Ctrl-C again ends at once\n")
         seen.append((signum, time.monotonic()))
 
     def stop_signal():
@@ -1280,7 +1331,8 @@ def graceful_stop():
 def run(main):
     """Call main() as a program: what is not the program's fault ends in one sentence."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")       # names of any bytes, on any terminal
+        # Names of any bytes on any terminal; in a file the lines of both keep their order.
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
@@ -1294,6 +1346,8 @@ def run(main):
             raise
         fail(f"cannot write ({error}); what was written before is untouched")
     except RuntimeError as error:
+        if world_size() > 1 and "closed by peer" in str(error):
+            fail("another process has ended, for a reason that it gives itself")
         if not re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(error)):
             raise
         reason = str(error).split(". ")[0].split("\n")[0]
@@ -1321,12 +1375,15 @@ def plot_curves(out):
     figure = Figure(figsize=(15, 4 * height), layout="constrained")
     for i, title in enumerate(titles, 1):
         axis = figure.add_subplot(height, 3, i)
+        colours = {}                            # raw pixels come last, in the colour of their curve
         for name, points in sorted(panels[title].items()):
             steps, values = zip(*points)
             if name.startswith("raw_pixels"):
-                axis.axhline(values[0], color="gray", linestyle="--", label=name)
+                colour = colours.get(name.removeprefix("raw_pixels_"), "gray")
+                axis.axhline(values[0], color=colour, linestyle="--", label=name)
             else:
-                axis.plot(steps, values, ".-" if len(points) < 60 else "-", label=name)
+                line, = axis.plot(steps, values, ".-" if len(points) < 60 else "-", label=name)
+                colours[name] = line.get_color()
         if title == "loss":                     # from 1e-3 to 100 in one panel, with zero
             axis.set_yscale("symlog", linthresh=0.1)
         axis.set(title=title, xlabel="step")
@@ -1335,7 +1392,7 @@ def plot_curves(out):
     figure.savefig(f"{out}/curves.png", dpi=110)
 
 
-def draw_grid(path, rows):
+def draw_grid(path, rows, title=""):
     """Labelled rows of pictures: rows {label: (n, 3, S, S) in [0, 1]}, the same n for all."""
     from matplotlib.figure import Figure
     pictures = torch.cat([row.float().cpu() for row in rows.values()])
@@ -1348,6 +1405,7 @@ def draw_grid(path, rows):
     axis.imshow(grid.permute(1, 2, 0).numpy())
     axis.set_yticks([step * (i + 0.5) for i in range(len(rows))], map(printable, rows))
     axis.set_xticks([])
+    axis.set_title(printable(title))
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 

@@ -65,10 +65,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import (SMALL, Log, all_reduce_sum, average_gradients, base_parser, check_shared_flags,
+from common import (Log, all_reduce_sum, average_gradients, base_parser, check_shared_flags,
                     denormalize, draw_grid, draw_views, effective_rank, fail, fill_from_recipe,
-                    graceful_stop, load_data, lr_scale, monitor, number, open_run, rng, run,
-                    save_run, set_lr, setup_processes, to_device, training_batches, world_size)
+                    graceful_stop, load_data, lr_scale, monitor, number, open_run, parse,
+                    recipe_name, rng, run, save_run, set_lr, setup_processes, to_device,
+                    training_batches, world_size)
 
 SCRIPT = "mae_tc2"
 TC2_LR = 3e-3           # alpha_1 .. alpha_4 at the peak of the schedule; the paper states none
@@ -125,11 +126,12 @@ def visible_patches(L, mask_ratio):
     return round(L * (1 - mask_ratio))
 
 
-def random_masks(m, n, L, generator):
+def random_masks(m, n, L, generator, share=slice(None)):
     """Orders (m, n, L) of the L patches, one per mask and image: the first T are visible.
 
+    share: those of the n images that this process sorts, the draws are alike on all.
     [MAE Section 3]"""
-    return torch.rand(m, n, L, generator=generator).argsort(-1)
+    return torch.rand(m, n, L, generator=generator)[:, share].argsort(-1)
 
 
 def draw_masks(args, n, progress, device):
@@ -138,9 +140,9 @@ def draw_masks(args, n, progress, device):
     They are drawn for the joined batch of all processes, each takes its share."""
     L = (args.image_size // args.patch_size) ** 2
     generator = rng(args.seed, "masks", progress)
-    orders = random_masks(args.masks, n * world_size(), L, generator)
     first = this_rank() * n
-    return to_device(orders[:, first:first + n], device)
+    share = slice(first, first + n)
+    return to_device(random_masks(args.masks, n * world_size(), L, generator, share), device)
 
 
 def take_patches(patches, which):
@@ -512,14 +514,15 @@ def inner_step(theta, loss, beta_1, second_order=False):
     return theta_k
 
 
-def add_gradient(theta, loss, theta_k):
-    """theta's .grad += the gradient of `loss` with respect to theta_k. [TC2 Eq. 7]
+def add_gradient(theta, loss, at):
+    """theta's .grad += the gradient of `loss` with respect to the weights `at`. [TC2 Eq. 7]
 
-    That is first order. Second order: pass theta in the place of theta_k; if `inner_step` kept its
-    graph, the gradient then goes on through Eq. 6 to theta."""
-    grads = torch.autograd.grad(loss, list(theta_k.values()), materialize_grads=True)
+    at = theta_k: first order. at = theta: second order, through the graph of Eq. 6."""
+    grads = torch.autograd.grad(loss, list(at.values()), materialize_grads=True)
     for p, g in zip(theta.values(), grads):
-        p.grad = g if p.grad is None else p.grad + g
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)        # in the memory layout of p: fused Adam needs that
+        p.grad += g
 
 
 @torch.no_grad()
@@ -688,8 +691,7 @@ def draw_reconstructions(x, masked, predictions, args):
             predicted = predicted * std + patches.mean(-1, keepdim=True)
         rows[name] = torch.where(hidden > 0, predicted[0], patches)
 
-    small = args.data == "shapes" or args.image_size <= SMALL
-    recipe = WEAK if small else IMAGENET
+    recipe = AUGMENTATION[recipe_name(args.data, args.image_size)]
     pictures = {}
     for name, row in rows.items():
         images = unpatchify(row, args.patch_size, args.image_size)
@@ -755,7 +757,7 @@ def parse_args(argv=None):
         help="lambda_s of Eq. 3; 0 = no L_w (default: 0.1; paper: 0.001 to 1)")
     add("--without", nargs="+", default=[], choices=("qr", "skip", "lv", "calibration"),
         help="take away: the QR of V, the skip path of f_w, L_v, calibration in Eqs. 6-7")
-    return p.parse_args(argv)
+    return parse(p, argv, ("inner_lr", "second_order", "factors", "lambda_s", "without"))
 
 
 def fill_defaults(args, data, device):
@@ -834,7 +836,8 @@ def main(argv=None):
 
     with graceful_stop() as stop_signal:
         if data.test_labels is None:
-            log.show(f"{args.data} has no labels: the k-NN monitor is off")
+            log.show(f"{args.data} has no train/ and val/ or test/ of class folders: training "
+                     "without labels, the k-NN monitor is off")
         elif start == 0:                            # what the run has to beat
             log.show("step 0: k-NN before training ...", live=True)
             raw = evaluate(None) if torch.is_tensor(data.train) else {}
@@ -844,6 +847,7 @@ def main(argv=None):
         if start >= stop:
             log.show(f"complete at step {start}: nothing is left to train")
 
+        # A step of gradient descent is `train_step`; what stands around it looks, logs and saves.
         batches = training_batches(data, augmentation, args, rank, world, device, start, stop)
         for step, (views, index) in enumerate(batches, start + 1):      # counts steps that are done
             if step == 1 and rank == 0:
@@ -865,7 +869,7 @@ def main(argv=None):
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")
                 raise SystemExit(128 + signum)
-    labels = " --data FOLDER-WITH-CLASSES" if data.test_labels is None else ""
+    labels = " --data FOLDER-WITH-TRAIN-AND-VAL" if data.test_labels is None else ""
     log.end(f"done: {args.out}/backbone.pt, curves.png, views.png, log.jsonl; next: "
             f"python eval_linear.py {args.out}{labels}")
     # -- end shared --

@@ -57,7 +57,7 @@ from torch.func import functional_call
 from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only,
                     check_shared_flags, draw_views, effective_rank, embedding_std, fail,
                     fill_from_recipe, gather_batch, graceful_stop, load_data, lr_scale,
-                    make_backbone, monitor, number, open_run, run, save_run, set_lr,
+                    make_backbone, monitor, number, open_run, parse, run, save_run, set_lr,
                     setup_processes, training_batches, world_size)
 
 SCRIPT = "simclr_tc2"
@@ -312,14 +312,15 @@ def inner_step(theta, loss, beta_1, second_order=False):
     return theta_k
 
 
-def add_gradient(theta, loss, theta_k):
-    """theta's .grad += the gradient of `loss` with respect to theta_k. [TC2 Eq. 7]
+def add_gradient(theta, loss, at):
+    """theta's .grad += the gradient of `loss` with respect to the weights `at`. [TC2 Eq. 7]
 
-    That is first order. Second order: pass theta in the place of theta_k; if `inner_step` kept its
-    graph, the gradient then goes on through Eq. 6 to theta."""
-    grads = torch.autograd.grad(loss, list(theta_k.values()), materialize_grads=True)
+    at = theta_k: first order. at = theta: second order, through the graph of Eq. 6."""
+    grads = torch.autograd.grad(loss, list(at.values()), materialize_grads=True)
     for p, g in zip(theta.values(), grads):
-        p.grad = g if p.grad is None else p.grad + g
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)        # in the memory layout of p: fused Adam needs that
+        p.grad += g
 
 
 @torch.no_grad()
@@ -568,7 +569,8 @@ def parse_args(argv=None):
         "calibration in Eqs. 6-7")
     add("--literal", action="store_true",
         help="nearer to the paper's words: --without qr skip norm --query-loss sse; collapses")
-    return p.parse_args(argv)
+    return parse(p, argv, ("inner_lr", "second_order", "factors", "lambda_s", "query_loss",
+                           "without", "literal"))
 
 
 def fill_defaults(args, data, device):
@@ -644,7 +646,8 @@ def main(argv=None):
 
     with graceful_stop() as stop_signal:
         if data.test_labels is None:
-            log.show(f"{args.data} has no labels: the k-NN monitor is off")
+            log.show(f"{args.data} has no train/ and val/ or test/ of class folders: training "
+                     "without labels, the k-NN monitor is off")
         elif start == 0:                            # what the run has to beat
             log.show("step 0: k-NN before training ...", live=True)
             raw = evaluate(None) if torch.is_tensor(data.train) else {}
@@ -654,6 +657,7 @@ def main(argv=None):
         if start >= stop:
             log.show(f"complete at step {start}: nothing is left to train")
 
+        # A step of gradient descent is `train_step`; what stands around it looks, logs and saves.
         batches = training_batches(data, augmentation, args, rank, world, device, start, stop)
         for step, (views, index) in enumerate(batches, start + 1):      # counts steps that are done
             if step == 1 and rank == 0:
@@ -675,7 +679,7 @@ def main(argv=None):
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")
                 raise SystemExit(128 + signum)
-    labels = " --data FOLDER-WITH-CLASSES" if data.test_labels is None else ""
+    labels = " --data FOLDER-WITH-TRAIN-AND-VAL" if data.test_labels is None else ""
     log.end(f"done: {args.out}/backbone.pt, curves.png, views.png, log.jsonl; next: "
             f"python eval_linear.py {args.out}{labels}")
     # -- end shared --

@@ -44,6 +44,8 @@ while read -r name command; do
   [ -n "$name" ] || continue
   [[ $# == 0 || " $* " == *" $name "* ]] || continue
   run=$out/gpu/seed$seed/$name
-  python $command --out "$run" < /dev/null
-  python eval_linear.py "$run" < /dev/null
+  status=0
+  python $command --out "$run" < /dev/null && python eval_linear.py "$run" < /dev/null || status=$?
+  [ $status -le 128 ] || exit $status                   # a signal ends all rows, an error one
+  [ $status == 0 ] || echo "$name has failed"
 done <<< "$rows"

@@ -13,6 +13,7 @@ about, no evidence. The numbers are printed and stand in the picture's caption.
 import math
 import os
 import sys
+import textwrap
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,8 @@ def show(path, panels, caption):
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    figure.supxlabel(caption, fontsize="small")
+    lines = [textwrap.fill(line, 85 * len(panels)) for line in caption.split("\n")]
+    figure.supxlabel("\n".join(lines), fontsize="small")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     figure.savefig(path, dpi=110)
     print(f"{caption}\n{path}")

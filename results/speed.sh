@@ -8,17 +8,17 @@ cifar=$1 images=$2 out=$3
 scripts="simclr_tc2 byol_gessl barlow_sparsehead mae_tc2"
 
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-  suite=tests checked=$cifar
+  checked=$cifar
   small="--arch resnet18 --batch-size 512 --epochs 3 --log-every 10"
   large="--batch-size 256 --epochs 1000 --max-steps 100 --log-every 20"
 else
-  suite=tests/test_results.py checked=shapes
+  checked=shapes
   small="--arch resnet_tiny --batch-size 512 --max-steps 4 --log-every 2"
   large="--arch resnet18 --batch-size 4 --max-steps 4 --log-every 2"
 fi
 
-# The tests on the GPU, and the benchmarks: a step over its own passes, hypergradients, memory.
-CUDA_VISIBLE_DEVICES=0 python -m pytest -q $suite || echo "the suite has failed"
+# The tests of a GPU, and the benchmarks: a step over its own passes, hypergradients, memory.
+CUDA_VISIBLE_DEVICES=0 python -m pytest -q tests/test_device.py || echo "the tests have failed"
 python tests/bench.py
 
 # SimCLR with 2 views: small images on the device, large ones decoded in the loop.
@@ -35,12 +35,23 @@ for run in ("small", "large"):
 PY
 time python eval_linear.py "$out/small" --protocol linear knn
 
-# Both precisions: all steps are finite, and the losses agree.
+# Both precisions: all steps are finite; how far the losses are apart.
 for script in $scripts; do
   for precision in --bf16 --no-bf16; do
     python $script.py --data "$checked" --max-steps 20 --log-every 5 $precision \
       --out "$out/$script$precision"
   done
+  python - "$out/$script" <<'PY'
+import json, sys
+runs = []
+for precision in ("--bf16", "--no-bf16"):
+    with open(f"{sys.argv[1]}{precision}/log.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    runs.append([line for line in lines if "lr" in line])
+for half, full in zip(*runs):
+    name = [key for key in full if key.startswith("loss")][0]
+    print(f"step {full['step']}: {name} {full[name]:.4f}, in bfloat16 {half[name]:.4f}")
+PY
 done
 
 # No step waits for the GPU: 40 steps have as many synchronisations as 20.

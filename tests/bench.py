@@ -32,7 +32,7 @@ import eval_linear
 import mae_tc2
 import simclr_tc2
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = common.choose_device(None)
 
 
 # ---- how it is measured --------------------------------------------------------------------------
@@ -46,8 +46,8 @@ def seconds(function):
 
 def in_turn(first, second, rounds):
     """(median seconds of the first, of the second, "ratio (range)" of first / second)."""
-    first()
-    second()
+    seconds(first)
+    seconds(second)
     pairs = [(seconds(first), seconds(second)) for _ in range(rounds)]
     ratios = [a / b for a, b in pairs]
     shown = f"{statistics.median(ratios):5.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"

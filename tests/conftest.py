@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-# Equality to the bit is a promise on a CPU. CUDA_VISIBLE_DEVICES=0 tries a GPU.
+# Equality to the bit is a promise on a CPU. A GPU has test_device.py, see there.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
@@ -161,6 +161,12 @@ class Program:
         self.process.join(60)
         assert not self.process.is_alive()
         return self.process.exitcode, *map(text_of, self.files)
+
+
+@pytest.fixture(autouse=True)
+def bad_files_are_named_anew():
+    import common
+    common.named_files.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -156,6 +156,29 @@ def test_links_in_circles_are_passed_over_with_a_line(capsys):
                         "passed over: d/b/back is d again, by a link"]
 
 
+def test_a_run_below_its_own_data_is_no_data(capsys):
+    """A run in ./runs of --data . leaves pictures there; the same command has to go on."""
+    flat_folder("d", 3)
+    before = common.load_data("d")
+    save_image("d/runs/simclr_tc2/views.png", noise(20, 20))
+    save_image("d/runs/simclr_tc2/curves.png", noise(20, 20))
+    assert len(common.list_images("d")) == 5            # views.png alone does not make it a run
+    write("d/runs/simclr_tc2/log.jsonl")
+    capsys.readouterr()
+    after = common.load_data("d")
+    assert after.fingerprint == before.fingerprint and torch.equal(after.train, before.train)
+    assert capsys.readouterr().out == "passed over: d/runs/simclr_tc2 is a run\n"
+
+
+def test_lines_on_the_data_are_printed_by_the_first_process_alone(monkeypatch, capsys):
+    flat_folder("d", 3)
+    write("d/notes.txt")
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        common.load_data("d")
+        assert capsys.readouterr().out.count("passed over in d: 1 files (1 .txt)") == times
+
+
 def test_a_folder_that_may_not_be_read_is_said(monkeypatch, capsys):
     for name in ("d/a/1.jpg", "d/secret/2.jpg"):
         write(name)
@@ -525,8 +548,8 @@ def test_size_is_the_median_and_small_images_of_other_sizes_are_named(capsys):
     data = common.load_data("d")
     assert data.size == 24 and data.train.shape == (30, 3, 24, 24)
     said = capsys.readouterr().out
-    assert said.startswith("resized to 24 x 24 pixels") and said.count("\n") == 1
-    assert said.count("d/0") == 5 and "d/003.png" in said and "d/029.png" not in said
+    assert said.startswith("images differ in size (d/003.png is 200 x 300): all are cut to 24 x 24")
+    assert said.count("\n") == 1 and said.count("d/0") == 1
     assert torch.equal(data.train[3], common.fit(common.decode("d/003.png"), 24))
 
     assert common.load_data("d", image_size=32).train.shape == (30, 3, 32, 32)
@@ -547,6 +570,7 @@ def test_one_bad_file_in_a_hundred_is_named_and_left_out_and_no_more(capsys):
     for i in range(4):
         write(f"bad{i}.png", b"no")
     for size, allowed in ((300, 3), (301, 4), (20, 1)):
+        common.named_files.clear()
         bad = [f"bad{i}.png" for i in range(allowed)]
         names = bad + ["good.png"] * (size - allowed)
         images, kept = common.decode_all("d", names, 8, 0)
@@ -781,6 +805,8 @@ def test_a_bad_file_is_named_once_in_all_epochs(capsys):
     shown = [i for _, index in steps for i in index]
     assert sorted(shown) == [0] * 3 + [2] * 6 + [3] * 3
     assert capsys.readouterr().err.count("left out: d/001.png cannot be decoded") == 1
+    common.decode_all("d", names, 20, 0)                # nor by an evaluation
+    assert not capsys.readouterr().err
 
 
 def test_crops_of_files_are_those_of_random_resized_crop():

@@ -81,6 +81,19 @@ def test_a_demonstration_leaves_a_picture_and_a_caption(name, options, tmp_path,
     assert str(path) in said and "Seen" in said
 
 
+def test_a_caption_is_no_wider_than_its_picture(tmp_path, monkeypatch):
+    import matplotlib.figure
+    captions = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "supxlabel",
+                        lambda self, text, **style: captions.append(text))
+    panel = (("x", "y"), {"curve": ([1, 2], [3, 4])}, "-")
+    for panels in ({"one": panel}, {"one": panel, "two": panel}):
+        demos.show(str(tmp_path / "p" / "x.png"), panels, "first line\n" + "word " * 60)
+    one, two = captions
+    assert max(map(len, one.split("\n"))) <= 85 < max(map(len, two.split("\n"))) <= 170
+    assert one.split("\n")[0] == "first line" and one.split() == two.split()
+
+
 def test_the_interval_of_a_correlation_is_fishers():
     """A classic value: r = 0.5 over 28 pairs has 0.156 to 0.736 (z = 0.549 +- 0.392)."""
     low, high = demos.correlation_interval(0.5, 28)

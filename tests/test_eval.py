@@ -299,7 +299,8 @@ def test_neighbours_are_drawn_in_order_and_framed_by_their_class(monkeypatch):
     data_folder(train={"x": 150, "y": 110}, test={"x": 140, "y": 120}, n=3)
     drawn = {}
 
-    def keep(path, rows):
+    def keep(path, rows, title):
+        assert title == "d"
         drawn.update(rows)
 
     monkeypatch.setattr(eval_linear, "draw_grid", keep)
@@ -504,7 +505,7 @@ def test_eigenvalues_of_a_known_covariance():
     close(found, torch.tensor([9.0, 1, 0]).double(), rtol=0.03, atol=1e-9)
 
 
-def test_spectrum_is_of_the_test_features_and_draws_other_runs(monkeypatch):
+def test_spectrum_is_of_the_test_features_and_draws_other_runs(monkeypatch, capsys):
     make_run()
     make_run("q", seed=1)
     data_folder(test={"x": 30, "y": 250}, n=30)
@@ -515,7 +516,8 @@ def test_spectrum_is_of_the_test_features_and_draws_other_runs(monkeypatch):
 
     monkeypatch.setattr(eval_linear, "draw_spectra", keep)
     evaluate("r", "--data", "d", "--protocol", "spectrum", "--overlay", "q")
-    curves = drawn["representation"]
+    assert "60 images have at most 59 eigenvalues above zero, of 64" in capsys.readouterr().out
+    curves = drawn["representation, d"]
     assert list(curves) == ["r", "q"]
     for run, found in curves.items():
         x, _, _ = eval_linear.Job(parsed(run, "--data", "d")).features("test")
@@ -840,7 +842,7 @@ def test_features_are_computed_once_and_only_those_that_are_asked_for(monkeypatc
     ("--data t --train-data a --test-data a", ("choose one",)),
     ("--train-data a --test-data ./a", ("images are the same",)),
     ("--train-data a --test-data alias", ("images are the same",)),
-    ("--data a", ("a and a", "images are the same")),
+    ("--data a", ("error: a: training", "images are the same")),
     ("--data none", ("none", "no such folder")),
     ("--train-data none --test-data a", ("none", "no such folder")),
     ("--data empty", ("empty", "no image")),
@@ -864,6 +866,26 @@ def test_bad_input_ends_in_one_sentence_and_writes_nothing(argv, words, capsys):
     error = stops(capsys, "r", *argv.split())
     assert all(word in error for word in words), error
     assert os.listdir("r") == ["backbone.pt"]
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"data": "photos", "classes": 0}, "r was trained without labels; name a folder with train/"),
+    ({"data": "gone", "classes": 2}, "the run's own, gone, is not found from here; name it")])
+def test_a_run_whose_data_have_no_labels_or_are_elsewhere_asks_for_data(settings, words, capsys):
+    make_run()
+    grey_images("photos", {"x": 220, "y": 30}, n=2)
+    with open("r/log.jsonl", "w") as file:
+        file.write(json.dumps({"settings": settings}) + "\n")
+    assert words in stops(capsys, "r")
+
+
+def test_training_files_are_not_tested_on_however_their_folder_is_called(tmp_path):
+    """Whole folders are compared: to resolve every file of ImageNet takes a minute."""
+    grey_images("a", {"x": 220, "y": 30}, n=2)
+    os.symlink("a", "alias")
+    one, two = (eval_linear.real_folders([f"{name}/x/0.png", f"{name}/y/1.png"])
+                for name in ("a", "alias"))
+    assert one == two == {os.path.realpath("a/x"), os.path.realpath("a/y")}
 
 
 @pytest.mark.parametrize("spoil", ["missing", "no arch", "arch", "other weights", "vit"])
@@ -1036,7 +1058,7 @@ def test_too_few_images_for_episodes_are_found_before_anything_is_measured(capsy
     make_run()
     data_folder()
     sentence = stops(capsys, "r", "--data", "d", "--protocol", "knn", "fewshot", "--k", "1")
-    assert "--way 5" in sentence and "lower --way or --queries" in sentence
+    assert "--way 5" in sentence and "lower --way, --shot or --queries" in sentence
     assert not os.path.exists("r/eval.json")
 
 

@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -32,7 +33,7 @@ from conftest import (ROOT, SCRIPTS, Program, both, checkpoint, each_script, las
 
 CPU = torch.device("cpu")
 CTRL_C = "stopped by Ctrl-C\n"
-FINISHING = "\nfinishing this step, then saving; Ctrl-C again ends at once\n"
+FINISHING = "\nfinishing what is under way, then saving; Ctrl-C again ends at once\n"
 BASELINE = tiny("simclr_tc2", "--out", "r", baseline=True)
 
 
@@ -246,6 +247,13 @@ def test_pictures_are_drawn_while_a_run_goes_on_and_before_it_ends_badly(monkeyp
     log.write(nn.Linear(1, 1), 0.1)
     assert rows("r")[-1]["images_per_s"] == 4 and rows("r")[-2]["warning"].endswith("is high")
     assert "  4.0 img/s  3:59:56 left" in capsys.readouterr().out
+
+    # What an evaluation finds may be above its limit too.
+    log.limits["alpha"] = (1, "is long")
+    log.event(12802, alpha=0.9)
+    assert "warning" not in rows("r")[-1]
+    log.event(12802, alpha=1.1)
+    assert [row.get("warning") for row in rows("r")[-2:]] == ["alpha 1.1 > 1: is long", None]
 
     log.add(12803, {"loss_ssl": torch.tensor(torch.nan)})
     with pytest.raises(SystemExit):
@@ -533,7 +541,17 @@ FULL_GPU = ["CUDA out of memory. Tried to allocate 20 MiB. GPU 0 has a total cap
             "MPS backend out of memory (MPS allocated: 18 GB)"]
 
 
-def test_memory_or_disk_that_runs_out_ends_in_a_sentence_and_a_mistake_does_not(capsys):
+def test_lines_of_both_streams_keep_their_order_in_a_file():
+    program = ("import common, sys; common.run(lambda: [print('first'), common.fail('second')])")
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    environment.pop("PYTHONUNBUFFERED", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.stdout == "first\nerror: second\n"
+
+
+def test_memory_or_disk_that_runs_out_ends_in_a_sentence_and_a_mistake_does_not(
+        monkeypatch, capsys):
     def call(error):
         def main():
             raise error
@@ -545,6 +563,11 @@ def test_memory_or_disk_that_runs_out_ends_in_a_sentence_and_a_mistake_does_not(
     host = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 GB"
     for error in (torch.OutOfMemoryError(FULL_GPU[0]), RuntimeError(host)):
         assert "memory ran out" in refused(capsys, call, error)
+    closed = RuntimeError("[gloo/transport] Connection closed by peer [127.0.0.1]:4242")
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        call(closed)                                # one process has no peer
+    monkeypatch.setattr(common, "world_size", always(2))
+    assert "another process has ended" in refused(capsys, call, closed)
     full = OSError(errno.ENOSPC, "No space left on device", "r/log.jsonl")
     assert "r/log.jsonl" in refused(capsys, call, full)
     for mistake in (RuntimeError("a mistake"), FileNotFoundError(errno.ENOENT, "a mistake")):

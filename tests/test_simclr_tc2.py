@@ -10,6 +10,7 @@ bit. That the paper's words collapse is shown on one step of a linear encoder, w
 it.
 """
 import copy
+import importlib
 import math
 import weakref
 from argparse import Namespace
@@ -639,13 +640,41 @@ def test_inner_step_and_add_gradient_on_quadratics(beta, second_order):
         assert all(p.is_leaf != second_order and p.requires_grad for p in theta_k.values())
 
         t = theta_k["t"]
-        add_gradient(theta, t @ B[k] @ t / 2, theta if second_order else theta_k)
+        at = theta if second_order else theta_k
+        add_gradient(theta, t @ B[k] @ t / 2, at)
         outer = inner if second_order else identity
         expected = expected + outer @ B[k] @ inner @ start
         assert all(p.grad is None for p in theta_k.values() if p.is_leaf)
     assert_close(theta["t"].grad, expected)
     assert torch.equal(theta["unused"].grad, torch.zeros(2, 3, dtype=start.dtype))
     assert torch.equal(theta["t"], start)
+
+
+def test_gradients_have_the_memory_layout_of_their_weights():
+    """Fused Adam reads both as they lie in memory: other strides would pair wrong entries."""
+    weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    theta = {"weight": weight.requires_grad_()}
+    factor = torch.randn(4, 3, 2, 2)                    # its gradient lies in another order
+    for times in (1, 2):
+        loss = (theta["weight"].contiguous() * factor).sum()
+        add_gradient(theta, loss, theta)
+        assert theta["weight"].grad.stride() == weight.stride() != factor.stride()
+        assert_close(theta["weight"].grad, times * factor)
+
+
+def test_flags_that_the_baseline_leaves_aside_are_named(capsys):
+    for name, flags, named in (
+            ("simclr_tc2", "--factors 7 --second-order --views 3", "--second-order, --factors"),
+            ("simclr_tc2", "--tasks 2 --temperature 0.3", ""),
+            ("byol_gessl", "--hypergrad cg --lookahead --inner-lr 0.1", "--hypergrad, --lookahead"),
+            ("barlow_sparsehead", "--penalty prox --dim 9", "--penalty"),
+            ("mae_tc2", "--without qr --masks 3", "--without")):
+        parse_args = importlib.import_module(name).parse_args
+        parse_args(flags.split())
+        assert not capsys.readouterr().out
+        parse_args(["--baseline", *flags.split()])
+        said = f"with --baseline these do nothing: {named}\n" if named else ""
+        assert capsys.readouterr().out == said
 
 
 def test_second_order_equals_central_differences_of_the_adapted_query_loss():
@@ -1072,7 +1101,7 @@ def test_half_as_many_factors_as_dimensions_and_a_line_where_eq_1_is_zero(capsys
              ["--factors", "64", "--without", "qr"], ["--factors", "64", "--literal"]]
     for flags in quiet:
         args, _ = built(*flags)
-        assert capsys.readouterr().out == ""
+        assert "by construction" not in capsys.readouterr().out
         assert args.factors == (int(flags[1]) if flags else 32)
     args, nets = built("--factors", "64")
     line = capsys.readouterr().out
