@@ -82,7 +82,8 @@ AUGMENTATION = {"shapes": [GRAYER, GRAYER], "small": [WEAK, WEAK], "imagenet": [
 
 # Weight decay: SparseHead's Section 7. small: epochs and lr of it for CIFAR, dim of Section 4; for
 # STL-10 it has --lr 2e-3 --epochs 2000, for Tiny ImageNet --lr 2e-3. imagenet: Barlow Twins' widths
-# and epochs, with SparseHead's two layers and Adam. What is not named here is ours.
+# and epochs, with SparseHead's two layers and Adam. What is not named here is ours. Only
+# shapes has been run as it stands.
 RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 10, "batch_size": 64, "lr": 3e-3,
                "weight_decay": 1e-6, "warmup_epochs": 0.5, "eval_every": 2,

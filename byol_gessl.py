@@ -80,7 +80,8 @@ AUGMENTATION = {
 }
 
 # N and M as in GeSSL's Appendix G.5, lambda = 10 as in its Section 5; M and lambda of shapes are
-# ours. The paper states neither alpha nor beta, nor a projector: imagenet has BYOL's.
+# ours. The paper states neither alpha nor beta, nor a projector: imagenet has BYOL's. Only shapes
+# has been run as it stands.
 RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 4, "batch_size": 32, "lr": 5e-3,
                "weight_decay": 1e-4, "warmup_epochs": 0.5, "eval_every": 1,

@@ -82,7 +82,8 @@ def default_workers():
 def base_parser(doc, recipes, archs):
     """The flags that all scripts share. What is left open, `fill_from_recipe` fills in."""
     names = "".join(f"{name:>14}" for name in recipes)
-    table = ["recipes, chosen by --data and --image-size:", f"{'':>16}{names}"]
+    table = ["recipes, chosen by --data and --image-size; flags without a default take theirs:",
+             f"{'':>16}{names}"]
     for key in recipes["shapes"]:
         values = "".join(f"{str(recipe[key]):>14}" for recipe in recipes.values())
         table.append(f"{key:>16}{values}")

@@ -63,7 +63,8 @@ from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_s
 SCRIPT = "simclr_tc2"
 TC2_LR = 3e-3           # alpha_1 .. alpha_4 at the peak of the schedule; the paper states none
 
-# TC2 Appendix IV, the same for all views. jitter: brightness, contrast, saturation, hue.
+# TC2 Appendix IV, the same for all views. In torchvision's words: RandomResizedCrop, flip,
+# ColorJitter (brightness, contrast, saturation, hue), RandomGrayscale, GaussianBlur, solarize.
 WEAK = {"crop": (0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5,
         "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.1, "blur_p": 0.0,
         "solarize_p": 0.0, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
@@ -72,7 +73,7 @@ STRONG = {**WEAK, "crop": (0.08, 1.0), "jitter": (0.8, 0.8, 0.8, 0.2), "gray_p":
 AUGMENTATION = {"shapes": WEAK, "small": WEAK, "imagenet": STRONG}
 
 # The paper states no optimiser. small: the pre-training of Ermolov et al. 2021, whom it cites for
-# the linear probe, with a cosine schedule. imagenet: ours.
+# the linear probe, with a cosine schedule. imagenet: ours. Only shapes has been run as it stands.
 RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 5, "batch_size": 64, "lr": 3e-3,
                "weight_decay": 1e-6, "warmup_epochs": 1.0, "eval_every": 1,

@@ -188,7 +188,7 @@ def peers(rounds):
 
 # ---- steps ---------------------------------------------------------------------------------------
 def prepared(script, argv):
-    """(args, networks, optimisers) of a script at its `shapes` defaults."""
+    """(args, networks, optimisers) of a script at its `shapes` defaults, or with these flags."""
     args = script.parse_args([*argv, "--device", DEVICE.type])
     data = common.load_data("shapes")
     script.fill_defaults(args, data, DEVICE)
@@ -302,6 +302,12 @@ STEPS = {
     mae_tc2: (mae_passes, ["--baseline", "", "--batch-size 64 --baseline",
                            "--batch-size 64 --masks 4 --tasks 4"]),
 }
+if DEVICE.type == "cuda":                       # too long on a CPU
+    for script, (_, variants) in STEPS.items():
+        large = "--arch resnet50 --image-size 224 --batch-size 64"
+        if script is mae_tc2:
+            large = "--arch vit_base --image-size 224 --patch-size 16 --batch-size 64"
+        variants += [f"{large} --baseline", large]
 
 
 def step(rounds):
@@ -313,7 +319,7 @@ def step(rounds):
             passes = functools.partial(own_passes, args, nets, views)
             whole, own, ratio = in_turn(whole_step, passes, rounds)
             name = f"{script.SCRIPT} {flags or 'default'}"
-            print(f"step      {name:<45} {1e3 * whole:7.1f} ms   own passes {1e3 * own:7.1f} ms   "
+            print(f"step      {name:<70} {1e3 * whole:7.1f} ms   own passes {1e3 * own:7.1f} ms   "
                   f"{ratio}   {peak_memory(whole_step):7.1f} MiB above the networks")
 
 
