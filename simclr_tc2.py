@@ -555,7 +555,8 @@ def parse_args(argv=None):
         help="K, tasks per batch (default: 4 as in the paper; 1 with --baseline)")
     add("--temperature", type=number(float, 1e-3), help="tau of InfoNCE and of the query error")
     add("--inner-lr", type=number(float, 0), default=0.01,
-        help="beta_1 of Eq. 6; 0 = no inner loop (default: 0.01)")
+        help="beta_1 of Eq. 6; 0 = no inner loop (default: 0.01); with --baseline only that of the "
+        "step behind adapted_after")
     add("--second-order", action="store_true",
         help="differentiate Eq. 7 through Eq. 6 (default: first order)")
     add("--factors", type=number(int, 1), help="n_f, columns of V (default: d / 2; d, the "
@@ -570,8 +571,8 @@ def parse_args(argv=None):
         "calibration in Eqs. 6-7")
     add("--literal", action="store_true",
         help="nearer to the paper's words: --without qr skip norm --query-loss sse; collapses")
-    return parse(p, argv, ("inner_lr", "second_order", "factors", "lambda_s", "query_loss",
-                           "without", "literal"))
+    return parse(p, argv, ("second_order", "factors", "lambda_s", "query_loss", "without",
+                           "literal"))
 
 
 def fill_defaults(args, data, device):

@@ -7,11 +7,13 @@
 set -euo pipefail
 data=$1 runs=$2
 shift 2
-declare -A baseline=([tc2]=simclr_2views [gessl]=byol [rownorm]=barlow [mae_tc2]=mae)
+declare -A baseline=([tc2]=simclr_4views [gessl]=byol [rownorm]=barlow [mae_tc2]=mae)
 
 # The test images rendered in four ways, a stand-in for PACS: 250 different ones of each class each.
 domains=$runs/domains
-[ -d "$domains" ] || python - "$data/test" "$domains" <<'PY'
+if [ ! -d "$domains" ]; then
+  rm -rf "$domains.tmp"
+  python - "$data/test" "$domains" <<'PY'
 import os, sys
 from PIL import Image, ImageFilter, ImageOps
 source, target = sys.argv[1:]
@@ -25,9 +27,11 @@ for c in sorted(os.listdir(source)):
             image = ImageOps.grayscale(image).filter(ImageFilter.FIND_EDGES)
         elif domain == "inverted":
             image = ImageOps.invert(image)
-        os.makedirs(f"{target}/{domain}/{c}", exist_ok=True)
-        image.convert("RGB").save(f"{target}/{domain}/{c}/{i}.png")
+        os.makedirs(f"{target}.tmp/{domain}/{c}", exist_ok=True)
+        image.convert("RGB").save(f"{target}.tmp/{domain}/{c}/{i}.png")
+os.rename(f"{target}.tmp", target)              # whole, or not there
 PY
+fi
 
 [ $# -gt 0 ] || set -- simclr_2views tc2 byol gessl barlow rownorm mae mae_tc2
 for name; do

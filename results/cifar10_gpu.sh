@@ -40,6 +40,10 @@ tc2_1024                      $simclr --batch-size 1024 --epochs 100
 byol_tc2                      $combine byol tc2 $common $step --epochs 100
 simclr_sparsehead             $combine simclr sparsehead $common --lambda-sparse 0.06 --epochs 100
 "
+for row; do
+  grep -q "^$row " <<< "$rows" || { echo "no row $row" >&2; exit 2; }
+done
+failed=0
 while read -r name command; do
   [ -n "$name" ] || continue
   [[ $# == 0 || " $* " == *" $name "* ]] || continue
@@ -47,5 +51,6 @@ while read -r name command; do
   status=0
   python $command --out "$run" < /dev/null && python eval_linear.py "$run" < /dev/null || status=$?
   [ $status -le 128 ] || exit $status                   # a signal ends all rows, an error one
-  [ $status == 0 ] || echo "$name has failed"
+  [ $status == 0 ] || { echo "$name has failed" >&2; failed=1; }
 done <<< "$rows"
+exit $failed

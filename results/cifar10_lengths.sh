@@ -33,7 +33,7 @@ barlow="barlow_sparsehead.py $tiny --batch-size 128 --lr 3e-3 --hidden 256 --dim
 mae="mae_tc2.py --data $out/subset $common --arch vit_micro --batch-size 64 --warmup-epochs 0.5"
 
 # Readings that the first round did not try.
-many="simclr_tc2.py ${simclr/128/512}"
+many="simclr_tc2.py ${simclr/--batch-size 128/--batch-size 512}"
 reading() {     # NAME: TC2 with another step
   echo "results/readings.py $1 $simclr $(epochs 4)"
 }
@@ -76,7 +76,7 @@ declare -A rows=(
   [simclr_sparsehead]="results/combinations.py simclr sparsehead $simclr $(epochs 4)"
   [simclr_sparsehead_strong]="results/combinations.py simclr sparsehead $simclr $(epochs 4)
     --lambda-sparse 0.1"
-  [simclr_gessl]="results/combinations.py simclr gessl ${simclr/128/64} --tasks 2 $(epochs 4)"
+  [simclr_gessl]="results/combinations.py simclr gessl ${simclr/--batch-size 128/--batch-size 64} --tasks 2 $(epochs 4)"
   [simclr_2views_equal_gessl]="$two $(epochs 26)"
   [seen_simclr_4views]="$four $(epochs 4) --data $out/seen"
   [seen_simclr_4views_equal_passes]="$four $(epochs 8) --data $out/seen"

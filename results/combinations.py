@@ -40,6 +40,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import barlow_sparsehead
 import byol_gessl
+import common
 import simclr_tc2
 from barlow_sparsehead import barlow_loss, sparse_penalty, sparsity
 from byol_gessl import class_logits, ema_decay_at, flatten, gessl_task, set_gradient
@@ -75,7 +76,8 @@ def mean_terms(found):
 class Online(nn.Module):
     """Images to what the base's loss takes: encoder, calibration, and a predictor if there is one.
 
-    Calibrated is the projection, at norm sqrt(d)."""
+    What is calibrated is the projection z, set to norm sqrt(d) first; plain BYOL and Barlow Twins
+    do not do that."""
     def __init__(self, nets):
         super().__init__()
         self.encoder = encoder_of(nets)
@@ -94,7 +96,8 @@ class Online(nn.Module):
 
 
 def tc2_step(nets, opts, tasks, args, loss):
-    """One step on tasks (K, 4, n, 3, H, W) -> terms to log, as in simclr_tc2.train_step.
+    """One step on tasks (K, 4, n, 3, H, W) -> terms to log, as in simclr_tc2.train_step, but
+    loss_query and loss_support, which are the base's loss.
 
     loss(p, k, half): the base's, of the outputs p (2, n, d) for the views `half`, SUPPORT or QUERY,
     of task k. It is the support and the query loss. [TC2 Algorithm 1]"""
@@ -221,7 +224,10 @@ def simclr_gessl(nets, opts, views, args, progress):
 
 # ---- SparseHead on SimCLR and on BYOL ------------------------------------------------------------
 def sparse_step(W, loss_ssl, opt, args):
-    """A step on loss_ssl + lambda ||W'||_{2,1}, W' with rows of unit norm. [SparseHead Eq. 12]"""
+    """A step on loss_ssl + lambda ||W'||_{2,1}, W' with rows of unit norm. [SparseHead Eq. 12]
+
+    barlow_sparsehead.py's default, where the loss does not see the lengths of rows. SimCLR and BYOL
+    do, so that here short rows can lower the penalty too: they hardly enter z."""
     penalty = sparse_penalty(W, "rownorm")
     take_step(opt, loss_ssl + args.lambda_sparse * penalty)
     return {"loss_ssl": loss_ssl.detach(), "loss_sparse": penalty.detach(), **sparsity(W.detach())}
@@ -270,7 +276,7 @@ def pcgrad(G, generator):
 
 
 def gradvac(G, generator, target):
-    """As PCGrad, but each pair's cosine is raised to a target: its own mean so far.
+    """As PCGrad, but each pair's cosine is raised to a target: a moving average of its own values.
 
     target (K, K) is updated in place, from 0. At target 0 it is PCGrad. The whole network is one
     group of parameters. [GradVac Algorithm 1, Eqs. 4-5]"""
@@ -443,7 +449,12 @@ def main(argv=None):
     _, defaults = COMBINATIONS[pair]
     settings, rest = own_flags(defaults, argv[2:])
     base = BASES[base_name]
-    with mock.patch.multiple(base, **replacements(base_name, enhancement, settings)):
+
+    def open_run(args, _, *others):                     # the log gets the whole command
+        return common.open_run(args, argv, *others)
+
+    found = replacements(base_name, enhancement, settings)
+    with mock.patch.multiple(base, **found, open_run=open_run):
         base.main([*rest, "--baseline"])
 
 

@@ -7,8 +7,9 @@
 
   --seed S (default: 0)   --out FOLDER (default: runs/demos), for NAME.png
 
-Each takes at most three minutes on two cores, on drawn images with one seed: a picture to talk
-about, no evidence. The numbers are printed and stand in the picture's caption.
+Each takes at most three minutes on two cores: fig1 and adaptation with one seed, conflict with six,
+theorem1 (drawn numbers, no images) the mean of 20. Pictures to talk about, no evidence. The numbers
+are printed and stand in the picture's caption.
 """
 import math
 import os
@@ -124,7 +125,8 @@ def fig1(seed, path, steps=100):
         lines.append(f"{name}: rank of r {effective_rank(r):.1f}, of z {effective_rank(z):.1f}, "
                      f"5-NN {accuracy(encoder, data):.1f} %")
     caption = ("SparseHead Fig. 1 claims that a head raises the rank of r, and that z has a lower "
-               "rank than r.\nSeen: " + "; ".join(lines) + ".")
+               "rank than r; it counts eigenvalues above zero.\nSeen, effective ranks: "
+               + "; ".join(lines) + ".")
     labels = ("index", "eigenvalue / largest")
     show(path, {"spectrum of the representation r": (labels, spectra_r, "-"),
                 "spectrum of the embedding z": (labels, spectra_z, "-")}, caption)

@@ -6,15 +6,17 @@
 
   sigma           -log pi_y of the views of unseen images; log N = nothing learned [GeSSL Def. 3.2]
   adaptation      accuracy on a training task before and after one step on it, from the run's log;
-                  its ratio r to --overlay, the baseline; adaptation.png [GeSSL Def. 3.1, Table 15]
+                  its ratio r to --overlay, a baseline with as many views and images per task;
+                  adaptation.png [GeSSL Def. 3.1, Table 15]
   conflict        cosine between the gradients of two halves of a batch, negative ones; conflict.png
                   over training, where the log has it [TC2 Fig. 1b/c]
   spectrum        eigenvalues and effective rank of representation and embedding; spectra.png
                   [SparseHead Figs. 1, 3]
   distance-ratio  (farthest - nearest) / nearest distance, of both [SparseHead Eq. 9]
 
-RUN is a folder with backbone.pt. The embedding needs last.pt, from which the run's own script
-builds its projector. Results stand beside those of eval_linear.py in RUN/eval.json.
+RUN is a folder with backbone.pt. The embedding needs last.pt, from which the run's own
+script, one of the four, builds its projector. Results stand beside those of eval_linear.py in
+RUN/eval.json.
 
 Where this differs from the papers. sigma: Eq. 1 has KL(pi | one-hot), which is infinite for every
 pi but the one-hot one; here is KL(one-hot | pi) = -log pi_y (in the worked example of Appendix B.1
@@ -60,7 +62,10 @@ def load_projector(job):
     """The frozen projector h -> z of the run's last.pt; None where there is none."""
     path = f"{job.args.run}/last.pt"
     name = job.settings.get("script")
-    if name not in SCRIPTS or not os.path.isfile(path):
+    if not os.path.isfile(path):
+        return None
+    if name not in SCRIPTS:
+        print(f"  {path} is of {name}: the representation alone is measured")
         return None
     saved = load_torch(path, f"RUN {job.args.run}", ("nets",))
     if saved.get("edition") != EDITION:
@@ -177,6 +182,18 @@ def adaptation_curve(folder):
     return curve
 
 
+def adaptation_task(folder):
+    """What the accuracies depend on beside the weights: base, views, images of a task, step."""
+    rows = read_log(folder)
+    s = rows[0].get("settings", {}) if rows else {}
+    if s.get("script") == "byol_gessl":
+        return "BYOL", 2, s["batch_size"], s["inner_lr"]
+    if s.get("script") == "simclr_tc2":
+        K = s["tasks"] if s["tasks"] > 1 else 4             # as in `diagnose` there
+        return "SimCLR", s["views"], s["images_per_step"] // K, s["inner_lr"]
+    fail(f"{folder}: is no run of simclr_tc2.py or byol_gessl.py, which log adaptation")
+
+
 def performance_ratio(baseline, curve):
     """{epoch: r}, r = accuracy after the step of the baseline / of the run, at the same epochs.
 
@@ -196,11 +213,15 @@ def measure_adaptation(job):
     found["before"], found["after"] = curve[max(curve)]
     ratios = {}
     for other in job.args.overlay:
+        own, theirs = adaptation_task(job.args.run), adaptation_task(other)
+        if own != theirs:
+            fail(f"--overlay {other}: r compares equal tasks; base, views, images of a task and "
+                 f"step are {theirs} there and {own} in {job.args.run}")
         ratio = performance_ratio(curves[other], curve)
         if not ratio:
             fail(f"--overlay {other}: has no evaluation at an epoch of {job.args.run}")
         ratios[other] = ratio
-        found[f"r_{os.path.basename(os.path.normpath(other))}"] = ratio[max(ratio)]
+        found[f"r_{other}"] = ratio[max(ratio)]
     if job.writable:
         draw_adaptation(f"{job.args.run}/adaptation.png", curves, ratios)
     return found
@@ -237,7 +258,8 @@ def halves_conflict(job, names, params, views):
         with batch_stats_only(job.backbone):
             z = functional_call(job.backbone, theta, (half.flatten(0, 1),)).float()
         if job.projector:
-            z = job.projector(z)
+            with batch_stats_only(job.projector):
+                z = job.projector(z)
         loss = info_nce(z.unflatten(0, (2, -1)), CONFLICT_TEMPERATURE)
         grads = torch.autograd.grad(loss, params, materialize_grads=True)
         gradients.append(torch.cat([g.flatten() for g in grads]))
@@ -245,14 +267,19 @@ def halves_conflict(job, names, params, views):
 
 
 def measure_conflict(job):
-    """Mean cosine, with its 95 % interval, and share of negative ones over training tasks."""
+    """Mean cosine, with an interval of 1.96 standard errors (95 % from some 30 tasks on), and share
+    of negative ones over training tasks."""
     count = count_tasks(job, "train", at_least=2)
     names = [name for name, _ in job.backbone.named_parameters()]
     params = [p.detach().clone().requires_grad_() for p in job.backbone.parameters()]
-    job.backbone.train()
+    # BatchNorm as in training: the statistics are those of the task.
+    nets = [net for net in (job.backbone, job.projector) if net]
+    for net in nets:
+        net.train()
     found = [halves_conflict(job, names, params, views)
              for views in task_views(job, "train", count)]
-    job.backbone.eval()
+    for net in nets:
+        net.eval()
     cosine, negative = torch.stack(found).T
     mean, half = interval(cosine)
     if job.writable:
@@ -348,7 +375,8 @@ def main(argv=None):
     job = MeasureJob(args)
     names = args.measure
     if names is None:
-        logged = any("adapted_after" in row for row in read_log(args.run))
+        runs = [args.run, *args.overlay]
+        logged = all(any("adapted_after" in row for row in read_log(name)) for name in runs)
         names = [name for name in MEASURES if logged or name != "adaptation"]
     argv = sys.argv[1:] if argv is None else argv
     command = shlex.join(["results/measures.py", *argv])

@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import common
 import simclr_tc2
 from common import batch_stats_only, effective_rank, embedding_std, fail, run
 from simclr_tc2 import (FactorNet, WeightNet, add_gradient, batch_summary, calibrate,
@@ -175,7 +176,11 @@ def main(argv=None):
     if not argv or argv[0] not in READINGS:
         named = argv[0] if argv else "nothing"
         fail(f"{named}: not a reading; there are {', '.join(READINGS)}")
-    with mock.patch.multiple(simclr_tc2, **replacements(argv[0])):
+
+    def open_run(args, _, *others):                     # the log gets the whole command
+        return common.open_run(args, argv, *others)
+
+    with mock.patch.multiple(simclr_tc2, **replacements(argv[0]), open_run=open_run):
         simclr_tc2.main(argv[1:])
 
 

@@ -38,6 +38,7 @@ time python eval_linear.py "$out/small" --protocol linear knn
 # Both precisions: all steps are finite; how far the losses are apart.
 for script in $scripts; do
   for precision in --bf16 --no-bf16; do
+    rm -rf "$out/$script$precision"
     python $script.py --data "$checked" --max-steps 20 --log-every 5 $precision \
       --out "$out/$script$precision"
   done
@@ -57,6 +58,7 @@ done
 # No step waits for the GPU: 40 steps have as many synchronisations as 20.
 for script in $scripts; do
   for steps in 20 40; do
+    rm -rf "$out/sync-$script-$steps"
     python -W always - $script $steps "$out/sync-$script-$steps" > "$out/sync.txt" 2>&1 <<'PY'
 import sys, torch
 name, steps, out = sys.argv[1:]

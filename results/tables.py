@@ -239,7 +239,9 @@ def images(run):
 
 
 def gessl_cost(s):
-    """Per image, two views: K + lambda inner steps, the outer gradients, the target networks."""
+    """Passes per image, two views of 1 each: K + lambda inner steps; a third for BYOL's target, a
+    third for the self-motivated one, 1 for the outer loss and its gradient at theta_K; K more for
+    finite differences. Lookahead has no outer loss. BYOL: 1, and a third for its target."""
     inner = s["inner_steps"] + s["target_steps"]
     if s["baseline"]:
         return 2 * (1 + 1 / 3)
@@ -252,14 +254,15 @@ def gessl_cost(s):
 
 
 def mae_cost(s):
-    """Per image: TC2's stage 1 goes through the decoder alone, which counts a half."""
+    """Passes per image. TC2, each of its masks: a third for the tokens without gradient, a half for
+    Eq. 6 (the support half of the masks), a half for Eq. 7 (the others), and a half for stage 1,
+    through the decoder alone; without calibration the first edition left stage 1 out."""
     if s["baseline"]:
         return s["masks"]
     cost = 1 / 3 + 1 / 2
     if s["inner_lr"] > 0:
         cost += 1 / 2
-    calibrates = "calibration" not in s.get("without", ()) and s.get("calibrate") != "none"
-    if calibrates:
+    if s.get("calibrate") != "none":
         cost += 1 / 2
     return s["masks"] * cost
 
@@ -279,8 +282,15 @@ def two_views(s):
     return 2
 
 
+def conflict_cost(s):
+    """Two views: one forward pass, a backward pass for each task."""
+    return 2 * (1 / 3 + 2 / 3 * s["tasks"])
+
+
 COMBINED = {"byol_tc2": combined_tc2_cost, "barlow_tc2": combined_tc2_cost,
-            "simclr_gessl": combined_gessl_cost, "simclr_sparsehead": two_views}
+            "simclr_gessl": combined_gessl_cost, "simclr_sparsehead": two_views,
+            "simclr_pcgrad": conflict_cost, "simclr_gradvac": conflict_cost,
+            "simclr_graddrop": conflict_cost}
 
 
 def passes(run):

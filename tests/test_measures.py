@@ -232,10 +232,14 @@ def test_tasks_are_pairs_of_views_of_different_images_of_the_right_part(train, m
 
 
 # ---- adaptation ----------------------------------------------------------------------------------
-def write_log(out, per_epoch, curve, batch=64):
+def write_log(out, per_epoch, curve, batch=64, **more):
     """A log with the accuracies of `curve` {epoch: (before, after)}."""
     os.makedirs(out, exist_ok=True)
-    settings = {"images": per_epoch * batch + 3, "images_per_step": batch, "data": "fake"}
+    if os.path.exists(f"{out}/last.pt"):                # these settings make no projector
+        os.remove(f"{out}/last.pt")
+    settings = {"images": per_epoch * batch + 3, "images_per_step": batch, "data": "fake",
+                "script": "simclr_tc2", "tasks": 4, "views": 4, "inner_lr": 0.01,
+                "batch_size": batch, **more}
     rows = [{"settings": settings}, {"step": 0, "knn5": 1.0}]
     for epoch, (before, after) in curve.items():
         rows.append({"step": epoch * per_epoch, "knn5": 1.0, "adapted_before": before,
@@ -266,6 +270,39 @@ def test_adaptation_of_a_run_is_its_last_and_is_drawn(train):
     measure("r", "--measure", "adaptation", "--overlay", "q")
     assert values("adaptation") == {"before": 70, "after": 80, "r_q": 0.5}
     assert np.asarray(Image.open("r/adaptation.png")).std() > 10
+
+
+@pytest.mark.parametrize("mine, theirs, refused", [
+    ({}, {"views": 2}, "('SimCLR', 2, 16, 0.01) there and ('SimCLR', 4, 16, 0.01) in r"),
+    ({}, {"tasks": 1}, None),                   # without tasks `diagnose` takes four
+    ({}, {"tasks": 2}, "('SimCLR', 4, 32, 0.01) there"),
+    ({}, {"inner_lr": 0.1}, "('SimCLR', 4, 16, 0.1) there"),
+    ({"script": "byol_gessl", "batch_size": 16}, {"script": "byol_gessl"}, "('BYOL', 2, 64, 0.01)"),
+    ({"script": "byol_gessl"}, {"script": "byol_gessl", "tasks": 1}, None),
+    ({}, {"script": "mae_tc2"}, "q: is no run of simclr_tc2.py or byol_gessl.py")])
+def test_the_performance_ratio_is_of_equal_tasks(mine, theirs, refused, train, capsys):
+    """A view among more images, or with more right neighbours, has another accuracy by itself."""
+    train(out="r")
+    train(out="q")
+    write_log("r", 8, {1: (50.0, 60.0)}, **mine)
+    write_log("q", 8, {1: (20.0, 30.0)}, **theirs)
+    if refused is None:
+        measure("r", "--measure", "adaptation", "--overlay", "q")
+        assert values("adaptation")["r_q"] == 0.5
+        return
+    with pytest.raises(SystemExit):
+        measure("r", "--measure", "adaptation", "--overlay", "q")
+    assert refused in capsys.readouterr().err
+
+
+def test_a_run_of_another_program_says_that_its_representation_alone_is_measured(train, capsys):
+    train()
+    settings = json.loads(open("r/log.jsonl").readline())["settings"]
+    with open("r/log.jsonl", "w") as file:
+        file.write(json.dumps({"settings": {**settings, "script": "tc2_support"}}) + "\n")
+    measure("r", "--measure", "spectrum")
+    assert "r/last.pt is of tc2_support: the representation alone" in capsys.readouterr().out
+    assert not [name for name in values("spectrum") if name.startswith("embedding")]
 
 
 @pytest.mark.parametrize("spoil, word", [("run", "r: its log has no adapted_after"),
@@ -303,14 +340,16 @@ def test_conflict_of_equal_halves_is_none(train, monkeypatch):
     assert found["cosine_pm"] < 1e-4 and found["negative_share"] == 0
 
 
-def test_conflict_is_the_cosine_of_the_halves_gradients_of_info_nce(train, monkeypatch):
+@pytest.mark.parametrize("name", ["simclr_tc2", "byol_gessl", "barlow_sparsehead"])
+def test_conflict_is_the_cosine_of_the_halves_gradients_of_info_nce(name, train, monkeypatch):
     """Written out: positives are the two views, batch statistics, the run's own projector."""
-    train()
+    train(name)
     views = torch.randn(2, 16, 3, 8, 8, generator=common.rng(0))
     found = conflict_of(views, monkeypatch)
 
     job = measures.MeasureJob(parsed("r"))
     net = job.backbone.requires_grad_().train()
+    job.projector.train()
     gradients = []
     for half in (views[:, :8], views[:, 8:]):
         z = F.normalize(job.projector(net(half.flatten(0, 1))), dim=1)
