@@ -722,9 +722,11 @@ def main(argv=None):
             evaluate_now = last or (epoch_end and (step // per_epoch) % args.eval_every == 0)
             if epoch_end or signum or step % args.log_every == 0:
                 log.write(nets, opts["encoder"].param_groups[0]["lr"])
+            if signum and rank == 0:                # an evaluation may last longer than the grace
+                save_run(args, step, nets, opts, augmentation[0], settings)
             if evaluate_now:
                 log.event(step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
-            if rank == 0 and (epoch_end or signum):
+            if epoch_end and rank == 0:
                 save_run(args, step, nets, opts, augmentation[0], settings)
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")

@@ -171,6 +171,8 @@ def check_shared_flags(args, data, world):
         tasks = " or --tasks" if args.images_per_step > args.batch_size else ""
         fail(f"--batch-size {args.batch_size}: one step takes {args.images_per_step} images, "
              f"there are only {len(data.train)} training images; lower it{tasks}")
+    if os.path.realpath(args.out) == os.path.realpath(os.path.expanduser(args.data)):
+        fail(f"--out {args.out}: is the folder of the images, which the run's pictures would join")
     if args.warmup_epochs > args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs}: more than --epochs {args.epochs}")
     if args.sync_bn and (args.device != "cuda" or world == 1):
@@ -428,13 +430,13 @@ def list_images(folder):
     and runs of these scripts, which hold pictures. Files of other kinds are counted in one line."""
     names, others, seen = [], collections.Counter(), {}
     prefix = os.path.join(folder, "")
-    for where, folders, files in os.walk(folder, onerror=print, followlinks=True):
+    for where, folders, files in os.walk(folder, onerror=say, followlinks=True):
         real = os.path.realpath(where)
         if real in seen:
             say(f"passed over: {where} is {seen[real]} again, by a link")
             folders.clear()
             continue
-        if {"log.jsonl", "views.png"} <= set(files):
+        if where != folder and {"log.jsonl", "views.png"} <= set(files):
             say(f"passed over: {where} is a run")
             folders.clear()
             continue
@@ -527,8 +529,9 @@ def load_folder(name, image_size, workers):
         other = [path for path, shape in shapes.items() if shape != (size, size)]
         if other and not image_size:
             height, width = shapes[other[0]]
-            say(f"images differ in size ({other[0]} is {width} x {height}): all are cut to {size} "
-                f"x {size}, the median of their shorter sides; --image-size chooses another")
+            say(f"not all images are {size} x {size} ({other[0]} is {width} x {height}): they are "
+                f"resized and cut to that, the median of the shorter sides; --image-size chooses "
+                "another")
         train, kept = decode_all(name, train, size, workers)
         if classes:
             train_labels = train_labels[kept]
@@ -546,7 +549,9 @@ def pick(images, rows):
 
 def decode_all(name, paths, size, workers):
     """(uint8 (n, 3, S, S), their n indices) of the files that can be decoded."""
-    chunks = list(squares(name, paths, size, workers, torch.device("cpu")))
+    # Copies: what the workers hand over would keep its shared memory.
+    chunks = [(images.clone(), index)
+              for images, index in squares(name, paths, size, workers, torch.device("cpu"))]
     kept = [i for _, index in chunks for i in index]
     return torch.cat([images for images, _ in chunks]), kept
 
@@ -970,6 +975,7 @@ def monitor(backbone, data, args, recipe, device):
 # ---- processes -----------------------------------------------------------------------------------
 def setup_processes(device_name):
     """(rank, world, device) from torchrun's environment; one process without it."""
+    named_files.clear()                         # of a run before, in a notebook
     env = os.environ
     rank = int(env.get("RANK", 0))
     world = int(env.get("WORLD_SIZE", 1))
@@ -978,6 +984,8 @@ def setup_processes(device_name):
     if tasks > 1 and "RANK" in missing:
         fail(f"srun started {tasks} tasks without RANK: each would train by itself in the same "
              "folder; start one torchrun per machine")
+    if world == 1 and rank > 0:
+        fail(f"RANK is {rank}, but WORLD_SIZE is not set: start with torchrun, or unset RANK")
     if world > 1 and missing:
         fail(f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set: start with torchrun, or "
              "unset WORLD_SIZE")
@@ -1028,6 +1036,16 @@ class AllReduceSum(torch.autograd.Function):
 
 def all_reduce_sum(x):
     return AllReduceSum.apply(x) if world_size() > 1 else x
+
+
+def alike_on_all_processes(value):
+    """Whether repr(value) is the same everywhere."""
+    digest = torch.tensor(int(hashlib.sha256(repr(value).encode()).hexdigest()[:12], 16))
+    lowest, highest = digest.clone(), digest.clone()
+    if world_size() > 1:
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return (lowest == highest).item()
 
 
 def gather_batch(z, dim=0):
@@ -1121,8 +1139,10 @@ def open_run(args, argv, data, nets, opts, rank):
     step = 0
     if os.path.exists(f"{args.out}/last.pt"):
         step = resume(args.out, settings, nets, opts)
-    if all_reduce_sum(torch.tensor(step)) != step * world_size():
-        fail(f"--out {args.out}: not every machine finds last.pt there; name a folder they share")
+    compared = {name: settings[name] for name in settings.keys() - FREE_ON_RESUME}
+    if not alike_on_all_processes([step, sorted(compared.items())]):
+        fail(f"--data {args.data}, --out {args.out}: the processes do not see the same files, "
+             "last.pt or settings; name folders that all machines share")
     if rank == 0:
         open_log(args.out, argv, settings, nets, step)
         for name, value in settings.items():
@@ -1329,11 +1349,15 @@ def graceful_stop():
             signal.signal(signum, handler)
 
 
-def run(main):
-    """Call main() as a program: what is not the program's fault ends in one sentence."""
+def run(main, advice="lower --batch-size, --image-size, or the number of views, masks, tasks or "
+        "inner steps"):
+    """Call main() as a program: what is not the program's fault ends in one sentence.
+
+    advice: what to do where memory runs out."""
     for stream in (sys.stdout, sys.stderr):
         # Names of any bytes on any terminal; in a file the lines of both keep their order.
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        if hasattr(stream, "reconfigure"):              # a notebook's has not
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
@@ -1348,12 +1372,11 @@ def run(main):
         fail(f"cannot write ({error}); what was written before is untouched")
     except RuntimeError as error:
         if world_size() > 1 and "closed by peer" in str(error):
-            fail("another process has ended, for a reason that it gives itself")
+            fail("another process has ended; if it could give a reason, it stands in its output")
         if not re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(error)):
             raise
         reason = str(error).split(". ")[0].split("\n")[0]
-        fail(f"memory ran out ({reason}): lower --batch-size, --image-size, or the number of "
-             "views, masks, tasks or inner steps")
+        fail(f"memory ran out ({reason}): {advice}")
 
 
 # ---- pictures ------------------------------------------------------------------------------------

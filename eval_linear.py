@@ -517,19 +517,23 @@ def load_parts(args, size):
     train_name = " + ".join(map(spelling, train_names))
     test_name = " + ".join(map(spelling, test_names))
     test = in_order_of(train, test, f"{train_name} and {test_name}")
-    if not torch.is_tensor(train.images) and not torch.is_tensor(test.images):
-        if not real_folders(train.images).isdisjoint(real_folders(test.images)):
-            names = " and ".join(dict.fromkeys([train_name, test_name]))
-            fail(f"{names}: training and test images are the same; give --train-data and "
-                 "--test-data, or a folder with train/ and val/ or test/")
+    read_from = {real_folder(name, "train") for name in train_names}
+    if read_from & {real_folder(name, "test") for name in test_names}:
+        names = " and ".join(dict.fromkeys([train_name, test_name]))
+        fail(f"{names}: training and test images are the same; give --train-data and --test-data, "
+             "or a folder with train/ and val/ or test/")
     if train_name == test_name:
         return train, test, train_name
     return train, test, f"{train_name} -> {test_name}"
 
 
-def real_folders(paths):
-    """The folders of these files, links resolved; for each file of ImageNet it takes a minute."""
-    return set(map(os.path.realpath, set(map(os.path.dirname, paths))))
+def real_folder(name, split):
+    """The folder, links resolved, that "train" or "test" of this data is read from."""
+    folder = os.path.expanduser(name)
+    if name in BUILT_IN or not os.path.isdir(folder):
+        return name, split
+    train, test = find_splits(folder)
+    return os.path.realpath(test if test and split == "test" else train)
 
 
 def labelled(part):
@@ -542,9 +546,12 @@ def labelled(part):
 def spelling(name):
     """One spelling of a folder, relative where it lies below the working directory."""
     path = os.path.abspath(os.path.expanduser(name))
-    below = os.path.relpath(path)
     if name in BUILT_IN or not os.path.isdir(path):
         return name
+    try:
+        below = os.path.relpath(path)
+    except ValueError:                          # another drive of Windows
+        return path
     return path if below.startswith("..") else below
 
 
@@ -776,4 +783,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, advice="evaluate fewer images, or on --device cpu")

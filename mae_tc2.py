@@ -68,7 +68,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common import (Log, all_reduce_sum, average_gradients, base_parser, check_shared_flags,
                     denormalize, draw_grid, draw_views, effective_rank, fail, fill_from_recipe,
                     graceful_stop, load_data, lr_scale, monitor, number, open_run, parse,
-                    recipe_name, rng, run, save_run, set_lr, setup_processes, to_device,
+                    recipe_name, rng, run, save_run, say, set_lr, setup_processes, to_device,
                     training_batches, world_size)
 
 SCRIPT = "mae_tc2"
@@ -757,7 +757,8 @@ def parse_args(argv=None):
         help="lambda_s of Eq. 3; 0 = no L_w (default: 0.1; paper: 0.001 to 1)")
     add("--without", nargs="+", default=[], choices=("qr", "skip", "lv", "calibration"),
         help="take away: the QR of V, the skip path of f_w, L_v, calibration in Eqs. 6-7")
-    return parse(p, argv, ("inner_lr", "second_order", "factors", "lambda_s", "without"))
+    return parse(p, argv, ("tasks", "inner_lr", "second_order", "factors", "lambda_s",
+                           "without"))
 
 
 def fill_defaults(args, data, device):
@@ -770,8 +771,8 @@ def fill_defaults(args, data, device):
     args.factors = args.factors or dim // 2
     args.images_per_step = args.batch_size
     if args.factors == dim and "qr" not in args.without and not args.baseline:
-        print(f"--factors {args.factors}: as many as dimensions, so that V is square and "
-              "orthogonal: Eq. 1 is zero by construction")
+        say(f"--factors {args.factors}: as many as dimensions, so that V is square and orthogonal: "
+            "Eq. 1 is zero by construction")
     return [AUGMENTATION[recipe]]
 
 
@@ -862,9 +863,11 @@ def main(argv=None):
             evaluate_now = last or (epoch_end and (step // per_epoch) % args.eval_every == 0)
             if epoch_end or signum or step % args.log_every == 0:
                 log.write(nets, opts["encoder"].param_groups[0]["lr"])
+            if signum and rank == 0:                # an evaluation may last longer than the grace
+                save_run(args, step, nets, opts, augmentation[0], settings)
             if evaluate_now:
                 log.event(step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
-            if rank == 0 and (epoch_end or signum):
+            if epoch_end and rank == 0:
                 save_run(args, step, nets, opts, augmentation[0], settings)
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")

@@ -57,7 +57,7 @@ from torch.func import functional_call
 from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only,
                     check_shared_flags, draw_views, effective_rank, embedding_std, fail,
                     fill_from_recipe, gather_batch, graceful_stop, load_data, lr_scale,
-                    make_backbone, monitor, number, open_run, parse, run, save_run, set_lr,
+                    make_backbone, monitor, number, open_run, parse, run, save_run, say, set_lr,
                     setup_processes, training_batches, world_size)
 
 SCRIPT = "simclr_tc2"
@@ -588,8 +588,8 @@ def fill_defaults(args, data, device):
     args.without = sorted(without)
     args.images_per_step = args.batch_size
     if args.factors == args.dim and "qr" not in without and not args.baseline:
-        print(f"--factors {args.factors}: as many as dimensions, so that V is square and "
-              "orthogonal: Eq. 1 is zero by construction")
+        say(f"--factors {args.factors}: as many as dimensions, so that V is square and orthogonal: "
+            "Eq. 1 is zero by construction")
     return [AUGMENTATION[recipe]] * args.views
 
 
@@ -674,9 +674,11 @@ def main(argv=None):
             evaluate_now = last or (epoch_end and (step // per_epoch) % args.eval_every == 0)
             if epoch_end or signum or step % args.log_every == 0:
                 log.write(nets, opts["encoder"].param_groups[0]["lr"])
+            if signum and rank == 0:                # an evaluation may last longer than the grace
+                save_run(args, step, nets, opts, augmentation[0], settings)
             if evaluate_now:
                 log.event(step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
-            if rank == 0 and (epoch_end or signum):
+            if epoch_end and rank == 0:
                 save_run(args, step, nets, opts, augmentation[0], settings)
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")

@@ -384,4 +384,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, advice="measure a smaller --task-size, or on --device cpu")

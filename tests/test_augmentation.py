@@ -517,3 +517,58 @@ def test_every_view_has_its_own_draws_its_own_order_and_its_own_recipe(monkeypat
     assert u.shape == (400, common.AUGMENT_DRAWS)
     assert len(u.unique(dim=0)) == 400
     assert_same_distribution(u.flatten(), torch.linspace(0, 1, 10000))
+
+
+# ---- a whole view --------------------------------------------------------------------------------
+def test_a_whole_view_is_torchvisions_operations_in_simclrs_order():
+    """With the view's own draws: flip, jitter, gray, blur, solarize, normalise.
+
+    [SimCLR Appendix A, BYOL Appendix B]"""
+    x = noise(64, 32, 32)
+    u = draws(64)
+    order = [2, 0, 3, 1]
+    found = common.augment(x, u, order, FULL)
+
+    flip, jitter, *strengths, gray, blur, sigma, solarize = u[:, common.BOX_DRAWS:].unbind(1)
+    for i in range(len(x)):
+        y = x[i] / 255
+        if flip[i] < 0.5:
+            y = TF.hflip(y)
+        if jitter[i] < 0.8:
+            for k in order:
+                change = (2 * strengths[k][i].item() - 1) * FULL["jitter"][k]
+                neutral = 0 if NAMES[k] == "hue" else 1
+                y = getattr(TF, f"adjust_{NAMES[k]}")(y, neutral + change)
+        if gray[i] < 0.2:
+            y = TF.rgb_to_grayscale(y, 3)
+        if blur[i] < 0.5:
+            width = 0.1 + 1.9 * sigma[i].item()
+            y = TF.gaussian_blur(y, [3, 3], [width, width])
+        if solarize[i] < 0.2:
+            y = torch.minimum(y, 1 - y)
+        close(found[i], TF.normalize(y, MEAN, STD), 2e-3)
+
+
+def one_view(train, recipes, seed):
+    """The views of the one image of a data set: their order cannot differ."""
+    data = common.Data("x", train, None, [], None, 24, None, "x")
+    args = Namespace(images_per_step=1, image_size=24, seed=seed, workers=0)
+    views, _ = next(common.training_batches(data, recipes, args, 0, 1, torch.device("cpu"), 0, 1))
+    return views
+
+
+def test_augmentation_depends_on_the_seed():
+    first, second = (one_view(noise(1, 24, 24), [FULL], seed) for seed in (0, 1))
+    assert not torch.allclose(first, second)
+
+
+def test_crops_of_files_depend_on_the_seed_and_are_those_of_the_first_recipe(tmp_path):
+    image = noise(1, 120, 120)[0]
+    path = str(tmp_path / "x.png")
+    torchvision.io.write_png(image, path)
+    recipes = [{**OFF, "crop": (0.1, 0.2)}, OFF]
+    first, second = (one_view([path], recipes, seed) for seed in (0, 1))
+    assert not torch.allclose(first, second)
+    whole = TF.resize(image, [24, 24], antialias=True) / 255
+    for view in first[:, 0]:
+        assert not torch.allclose(view, whole, atol=0.01)

@@ -548,7 +548,7 @@ def test_size_is_the_median_and_small_images_of_other_sizes_are_named(capsys):
     data = common.load_data("d")
     assert data.size == 24 and data.train.shape == (30, 3, 24, 24)
     said = capsys.readouterr().out
-    assert said.startswith("images differ in size (d/003.png is 200 x 300): all are cut to 24 x 24")
+    assert said.startswith("not all images are 24 x 24 (d/003.png is 200 x 300): they are resized")
     assert said.count("\n") == 1 and said.count("d/0") == 1
     assert torch.equal(data.train[3], common.fit(common.decode("d/003.png"), 24))
 
@@ -1218,3 +1218,36 @@ def test_real_photographs_are_read_as_pillow_reads_them():
             assert found.shape == expected.shape
             assert np.abs(found - expected).mean() < 1
     assert len(members) == 10
+
+
+# ---- the monitor's numbers -----------------------------------------------------------------------
+def test_the_monitor_has_five_and_two_hundred_neighbours_and_the_rank_of_the_test_images(
+        monkeypatch):
+    asked = []
+    nearest = common.nearest
+
+    def spy(bank, queries, k, metric):
+        asked.append((k, metric))
+        return nearest(bank, queries, k, metric)
+
+    monkeypatch.setattr(common, "nearest", spy)
+    data = common.load_data("fake", 8)
+    found = common.monitor(nn.Flatten(), data, Namespace(image_size=8, workers=0), AS_IS, CPU)
+    assert asked == [(5, "euclidean"), (200, "cosine")]
+    x = data.test.flatten(1) / 255
+    assert found["rank_h"] == pytest.approx(common.effective_rank(x).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_features_leave_the_mode_of_the_network_as_it_was(training):
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)).train(training)
+    common.extract_features(net, "x", common.load_data("fake", 8).test, 8, AS_IS, 0, CPU)
+    assert net.training == net[1].training == training
+
+
+def test_images_of_96_px_count_as_small_when_they_are_cut():
+    image = noise(120, 96)
+    save_image("x.png", image)
+    found, _ = common.extract_features(nn.Flatten(), "d", ["x.png"], 96, AS_IS, 0, CPU)
+    expected = TF.center_crop(image, [96, 96]) / 255
+    torch.testing.assert_close(found.view(3, 96, 96), expected)

@@ -100,6 +100,25 @@ def test_the_interval_of_a_correlation_is_fishers():
     assert abs(low - 0.1559) < 1e-3 and abs(high - 0.7357) < 1e-3
 
 
+def test_a_step_of_the_demonstrations_is_simclrs():
+    """By hand: Adam on the cross-entropy of each view among all others but itself."""
+    data = common.load_data("fake")
+    encoder, _ = demos.train_simclr(demos.linear_head, 1, 3, data, batch_size=8)
+
+    torch.manual_seed(3)
+    backbone, d = common.make_backbone("resnet_tiny", 32)
+    by_hand = nn.Sequential(backbone, demos.linear_head(d))
+    opt = torch.optim.Adam(by_hand.parameters(), 3e-3)
+    args = demos.Settings(8, 3)
+    views, _ = next(common.training_batches(data, [demos.WEAK] * 2, args, 0, 1, demos.CPU, 0, 1))
+    z = nn.functional.normalize(by_hand(views.flatten(0, 1)), dim=1)
+    similarity = (z @ z.T / 0.2).fill_diagonal_(-torch.inf)
+    nn.functional.cross_entropy(similarity, torch.arange(16).roll(8)).backward()
+    opt.step()
+    for found, expected in zip(encoder.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_loss_of_groups_is_simclr_plus_t(monkeypatch):
     """With one group the encoder is that of plain SimCLR, with two it is another."""
     data = common.load_data("fake")

@@ -3,6 +3,7 @@
 A probe is judged by another solver's figures and by what may not matter (scale, offset, test
 labels); few-shot classifiers by slow loops and closed forms; random draws by their statistics.
 """
+import copy
 import json
 import math
 import os
@@ -240,6 +241,31 @@ def clusters(n, spread=0.3, seed=0):
     y = torch.arange(n) % 6
     x = 4 * torch.eye(6, 12)[y] + spread * randn(n, 12, seed=seed, dtype=torch.float32)
     return x, y
+
+
+def test_linear_judges_an_image_whatever_other_images_are_tested():
+    """A test set of one class: standardised by itself, its images would be spread over all."""
+    x, y = clusters(600)
+    test_x, test_y = clusters(300, seed=1)
+    one = test_y == 0
+    job = fake_job((x, y), (test_x[one], test_y[one]))
+    assert job.classes == 6
+    assert eval_linear.linear(job)["top1"] == 100
+
+
+def test_linear_adam_sees_the_features_as_they_are(monkeypatch):
+    x, y = clusters(60)
+    x = 7 * x + 3
+    seen = []
+    fit_adam = eval_linear.fit_adam
+
+    def spy(features, *others):
+        seen.append(features.clone())
+        return fit_adam(features, *others)
+
+    monkeypatch.setattr(eval_linear, "fit_adam", spy)
+    eval_linear.linear_adam(fake_job((x, y), (x, y), probe_epochs=1))
+    assert torch.equal(seen[0], x)
 
 
 @pytest.mark.parametrize("probe", [eval_linear.linear, eval_linear.linear_adam])
@@ -725,6 +751,36 @@ def test_an_epoch_of_fine_tuning_sees_nearly_all_labels(n, batch, monkeypatch):
     assert n % batch <= 2
 
 
+def test_fine_tuning_has_the_seed_and_for_large_images_the_wide_crops(monkeypatch):
+    asked = []
+
+    def batches(data, recipes, settings, *others):
+        asked.append((recipes[0]["crop"], settings.seed))
+        yield torch.rand(1, 2, 3, settings.image_size, settings.image_size), [0, 1]
+
+    monkeypatch.setattr(eval_linear, "training_batches", batches)
+    data_folder(n=1)
+    for size in (96, 112):
+        make_run(f"r{size}", size=size)
+        flags = ("--data", "d", "--tune-epochs", "1", "--seed", "3")
+        job = eval_linear.Job(parsed(f"r{size}", *flags))
+        images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+        eval_linear.tune(job, images, torch.tensor([0, 1]), 0.1)
+    assert asked == [((0.2, 1.0), 3), ((0.08, 1.0), 3)]
+
+
+def test_rows_are_of_these_weights_and_this_preprocessing():
+    net = nn.Linear(2, 2)
+    state = {"image_size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    first = eval_linear.weights_hash(net, state)
+    assert first == eval_linear.weights_hash(copy.deepcopy(net), dict(state))
+    for change in ({"image_size": 33}, {"mean": (0.4,) * 3}, {"std": (0.2,) * 3}):
+        assert eval_linear.weights_hash(net, {**state, **change}) != first
+    with torch.no_grad():
+        net.bias += 1e-6
+    assert eval_linear.weights_hash(net, state) != first
+
+
 def test_labels_go_with_their_images_whatever_the_bad_files(monkeypatch):
     """A net that reads the brightness; one file is broken and the next, of the other class."""
     monkeypatch.setattr(common, "BAD_FRACTION", 1)
@@ -843,6 +899,7 @@ def test_features_are_computed_once_and_only_those_that_are_asked_for(monkeypatc
     ("--train-data a --test-data ./a", ("images are the same",)),
     ("--train-data a --test-data alias", ("images are the same",)),
     ("--data a", ("error: a: training", "images are the same")),
+    ("--train-data t --test-data t/train", ("t and t/train", "images are the same")),
     ("--data none", ("none", "no such folder")),
     ("--train-data none --test-data a", ("none", "no such folder")),
     ("--data empty", ("empty", "no image")),
@@ -879,13 +936,20 @@ def test_a_run_whose_data_have_no_labels_or_are_elsewhere_asks_for_data(settings
     assert words in stops(capsys, "r")
 
 
-def test_training_files_are_not_tested_on_however_their_folder_is_called(tmp_path):
-    """Whole folders are compared: to resolve every file of ImageNet takes a minute."""
+def test_folders_are_compared_by_what_is_read_from_them():
+    """Not file by file: to resolve every one of ImageNet's takes a minute."""
     grey_images("a", {"x": 220, "y": 30}, n=2)
+    data_folder("d", n=1)
     os.symlink("a", "alias")
-    one, two = (eval_linear.real_folders([f"{name}/x/0.png", f"{name}/y/1.png"])
-                for name in ("a", "alias"))
-    assert one == two == {os.path.realpath("a/x"), os.path.realpath("a/y")}
+    os.symlink("../a", "d/link")
+    real = os.path.realpath
+    for name, train, test in (("a", real("a"), real("a")), ("alias", real("a"), real("a")),
+                              ("d/link", real("a"), real("a")),
+                              ("d", real("d/train"), real("d/test")),
+                              ("d/train", real("d/train"), real("d/train"))):
+        assert eval_linear.real_folder(name, "train") == train
+        assert eval_linear.real_folder(name, "test") == test
+    assert eval_linear.real_folder("fake", "train") != eval_linear.real_folder("fake", "test")
 
 
 @pytest.mark.parametrize("spoil", ["missing", "no arch", "arch", "other weights", "vit"])

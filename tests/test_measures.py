@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import simclr_tc2
 from conftest import ROOT, each_script, tiny
 
 spec = importlib.util.spec_from_file_location("measures", f"{ROOT}/results/measures.py")
@@ -156,13 +157,17 @@ def test_sigma_of_collapse_is_log_n_and_of_a_simplex_has_a_closed_form(n):
     assert measures.instance_accuracy(swapped) == 0
 
 
-def test_sigma_is_minus_log_pi_of_the_true_class_as_in_the_worked_example():
+def test_sigma_is_minus_log_pi_of_the_true_class_as_in_the_worked_example(monkeypatch):
     """pi = (0.81, 0.09, 0.03, 0.07) for image 0 [GeSSL Appendix B.1]: -ln 0.81 = 0.2107."""
     pi = torch.tensor([0.81, 0.09, 0.03, 0.07], dtype=torch.float64)
-    truth = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
-    kl = torch.special.xlogy(truth, truth / pi).sum()
-    assert kl.item() == pytest.approx(0.2107, abs=1e-4)
-    assert F.cross_entropy(pi.log()[None], torch.tensor([0])).item() == pytest.approx(kl.item())
+
+    def logits(h, temperature):
+        rows = [pi.roll(image) for image in range(4)] * 2       # of both views of each image
+        return torch.stack(rows).log() / temperature
+
+    monkeypatch.setattr(measures, "pair_logits", logits)
+    found = measures.sigma(torch.zeros(3, 2, 4, 5), 1.0)
+    assert found.item() == pytest.approx(0.2107, abs=1e-4)
 
 
 @pytest.mark.parametrize("noise", [0.2, 0.6])
@@ -497,3 +502,53 @@ def test_too_few_images_for_two_tasks_end_in_one_sentence(kind, train, capsys):
         measure("r", "--measure", kind, "--task-size", "300")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and "--task-size 300" in error
+
+
+# ---- what no number shows ------------------------------------------------------------------------
+def test_tasks_have_large_views_for_large_images_and_the_seed(monkeypatch):
+    asked = []
+
+    def batches(data, recipes, settings, *others):
+        asked.append((recipes, settings.seed))
+        return []
+
+    monkeypatch.setattr(measures, "training_batches", batches)
+    preprocessing = {"mean": (0.1,) * 3, "std": (0.2,) * 3}
+    part = types.SimpleNamespace(images=torch.zeros(9, 3, 8, 8), labels=torch.zeros(9))
+    for size, recipe in ((96, "small"), (97, "imagenet")):
+        args = types.SimpleNamespace(task_size=8, seed=5, workers=0)
+        job = types.SimpleNamespace(data="d", device=torch.device("cpu"), args=args, test=part,
+                                    state={"image_size": size, **preprocessing})
+        assert list(measures.task_views(job, "test", 1)) == []
+        expected = {**simclr_tc2.AUGMENTATION[recipe], **preprocessing}
+        assert asked.pop() == ([expected] * 2, 5)
+
+
+def test_conflict_has_the_interval_of_its_cosines_and_leaves_the_network_in_eval(train,
+                                                                                monkeypatch):
+    train("byol_gessl")
+    cosines = [0.1, 0.4, -0.2]
+    given = iter(cosines)
+
+    def conflict(job, names, params, views):
+        assert job.backbone.training and job.projector.training
+        cosine = next(given)
+        return torch.tensor([cosine, float(cosine < 0)])
+
+    monkeypatch.setattr(measures, "halves_conflict", conflict)
+    monkeypatch.setattr(measures, "task_views", lambda *_: range(3))
+    job = measures.MeasureJob(parsed("r"))
+    found = measures.measure_conflict(job)
+    half = 1.96 * np.std(cosines, ddof=1) / 3 ** 0.5
+    assert found["cosine"] == pytest.approx(0.1) and found["cosine_pm"] == pytest.approx(half)
+    assert found["negative_share"] == pytest.approx(1 / 3)
+    assert not job.backbone.training and not job.projector.training
+
+
+def test_the_picture_of_adaptation_has_after_above_before(monkeypatch):
+    kept = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda self, *_, **__: kept.append(self))
+    measures.draw_adaptation("x.png", {"r": {1: (10.0, 30.0), 2: (20.0, 40.0)}}, {})
+    lines = {line.get_label(): list(line.get_ydata()) for line in kept[0].axes[0].lines}
+    assert lines == {"r, after a step": [30, 40], "r, before": [10, 20]}

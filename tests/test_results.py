@@ -836,3 +836,16 @@ def test_every_command_of_the_other_scripts_parses(echo):
                 continue
             count += 1
         assert count >= 8, script
+
+
+def test_the_figure_of_lengths_shows_mean_accuracy_over_passes(monkeypatch):
+    kept = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda self, *_, **__: kept.append(self))
+    loaded("results/tables.py").lengths_figure("x.png")
+    line, = (line for line in kept[0].axes[0].lines if line.get_label() == "TC2")
+    points = list(zip(line.get_xdata(), line.get_ydata()))
+    for length, (cost, accuracy) in zip(("1", "4", "16"), points, strict=True):
+        assert cost == pytest.approx(length_cost("tc2", length), rel=1e-3)
+        accuracies = length_accuracies("tc2", length, length_folders("tc2", length))
+        assert accuracy == pytest.approx(accuracies[:, 0].mean())

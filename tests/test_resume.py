@@ -4,8 +4,11 @@ The rule: all randomness is a function of (seed, epoch, step, image), so a run t
 on is, to the bit, the run that was not. Most tests call `main` in this process; those that need a
 signal or a kill start the script as a `Program`.
 """
+import contextlib
 import errno
 import importlib
+import io
+import json
 import math
 import os
 import resource
@@ -375,6 +378,67 @@ def test_sigterm_in_mid_epoch_then_resume_equals_uninterrupted(name, baseline, m
     assert torch.load("parts/last.pt")["step"] == 8
     rest = [row for row in losses("parts") if row["step"] != 5]
     assert rest == losses("whole")
+
+
+def test_a_signal_saves_before_the_evaluation_that_is_due(monkeypatch):
+    """torchrun kills half a minute after it has asked; an evaluation may take longer."""
+    argv = tiny("simclr_tc2", "--epochs", "3", "--out", "r", baseline=True)
+    cut = interrupted(simclr_tc2.train_step, 16, send_sigterm)
+    monkeypatch.setattr(simclr_tc2, "train_step", cut)
+    saved = []
+
+    def evaluation(*_):
+        saved.append(checkpoint("r")["step"] if os.path.exists("r/last.pt") else 0)
+        return {"knn5": 1.0}
+
+    monkeypatch.setattr(simclr_tc2, "monitor", evaluation)
+    with pytest.raises(SystemExit):
+        simclr_tc2.main(argv)
+    assert saved == [0, 0, 0, 16]           # network and raw pixels, after eight steps, after 16
+
+
+def test_out_may_not_be_the_folder_of_the_images(capsys):
+    image_folder("photos", n=40)
+    argv = tiny("simclr_tc2", "--data", "photos", "--out", "./photos")
+    assert "--out ./photos: is the folder of the images" in refused(capsys, simclr_tc2.main, argv)
+    assert sorted(os.listdir("photos")) == ["test", "train"]
+
+
+def test_small_images_are_copied_out_of_the_workers_shared_memory():
+    image_folder("d", n=3)
+    paths = [f"d/train/a/{name}" for name in sorted(os.listdir("d/train/a"))]
+    images, kept = common.decode_all("d", paths, 20, workers=1)
+    assert kept == [0, 1, 2] and not images.is_shared()
+    chunks = []
+
+    def squares(*_):
+        chunks.append(torch.zeros(2, 3, 4, 4).share_memory_())
+        yield chunks[0], [0, 1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "squares", squares)
+        images, _ = common.decode_all("d", paths, 4, workers=1)
+    assert images.data_ptr() != chunks[0].data_ptr() and not images.is_shared()
+
+
+def test_values_are_compared_over_processes(monkeypatch):
+    """Two processes: the other one's digest is what `all_reduce` puts in."""
+    assert common.alike_on_all_processes([1, "a"])
+    monkeypatch.setattr(common, "world_size", always(2))
+    for other, alike in ((0, True), (1, False), (-1, False)):
+        def all_reduce(x, op):
+            theirs = x + other
+            x.copy_(torch.maximum(x, theirs) if op == torch.distributed.ReduceOp.MAX
+                    else torch.minimum(x, theirs))
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        assert common.alike_on_all_processes([1, "a"]) == alike
+
+
+def test_a_stream_without_reconfigure_is_no_obstacle():
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        common.run(lambda: print("in a notebook"))
+    assert stream.getvalue() == "in a notebook\n"
 
 
 def die_after_step_12():
@@ -783,3 +847,90 @@ def test_workers_by_default_share_the_cores_that_the_job_may_use(monkeypatch):
     for processes, workers in (("1", 16), ("4", 6), ("64", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert simclr_tc2.parse_args([]).workers == workers
+
+
+# ---- what two runs with the same mistake would not show ------------------------------------------
+@pytest.mark.parametrize("name", ["simclr_tc2", "mae_tc2"])
+def test_every_rate_warms_up_over_its_epochs(name):
+    """Half an epoch of eight steps: a quarter of the rate after the first one."""
+    flags = ("--warmup-epochs", "0.5", "--log-every", "1", "--max-steps", "3", "--lr", "0.02",
+             "--weight-decay", "0.1", "--out", "r")
+    importlib.import_module(name).main(tiny(name, *flags))
+    rates = [row["lr"] for row in rows("r") if "lr" in row]
+    assert rates == pytest.approx([0.005, 0.01, 0.015])
+    group, = checkpoint("r")["opts"]["factors"]["param_groups"]
+    assert group["lr"] == pytest.approx(0.75 * 3e-3) and group["weight_decay"] == 0
+
+
+@each_script
+def test_main_seeds_the_weights_counts_progress_and_evaluates_every(name, monkeypatch):
+    script = importlib.import_module(name)
+    progress_seen = []
+    weights = []
+
+    def step(nets, opts, views, args, progress):
+        progress_seen.append(progress)
+        weights.append({key: value.clone() for key, value in nets.state_dict().items()})
+        return {"loss_ssl": torch.zeros(())}
+
+    monkeypatch.setattr(script, "train_step", step)
+    monkeypatch.setattr(script, "diagnose", always({}))
+    monkeypatch.setattr(script, "monitor", always({"knn5": 1.0}))
+    flags = ("--epochs", "5", "--eval-every", "2", "--seed", "7", "--max-steps", "39", "--out", "r")
+    script.main(tiny(name, *flags))
+    assert progress_seen == [i / 40 for i in range(39)]
+    assert [row["step"] for row in rows("r") if "knn5" in row] == [0, 16, 32, 39]
+
+    torch.manual_seed(7)
+    settings = types.SimpleNamespace(**rows("r")[0]["settings"])
+    for key, value in script.build_nets(settings).state_dict().items():
+        assert torch.equal(value, weights[0][key]), key
+
+
+def test_a_logged_term_is_the_mean_over_processes(monkeypatch):
+    os.makedirs("r")
+    of_the_other = torch.tensor([[3.0], [7.0]])
+    monkeypatch.setattr(common, "world_size", always(2))
+    monkeypatch.setattr(common, "all_reduce_sum", lambda x: x + of_the_other)
+    args = types.SimpleNamespace(out="r", device="cpu", images_per_step=8)
+    log = common.Log(args, 0, 9, {})
+    for step, value in ((1, 1.0), (2, 5.0)):
+        log.add(step, {"loss_ssl": torch.tensor(value)})
+    log.write(nn.Linear(1, 1), 0.1)
+    assert rows("r")[-1]["loss_ssl"] == 6
+
+
+@pytest.mark.parametrize("size, small", [(32, True), (96, True), (97, False)])
+def test_backbone_pt_says_its_stem_and_its_preprocessing(size, small):
+    recipe = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.1, 0.25)}
+    os.makedirs("r")
+    backbone, _ = common.make_backbone("resnet18", size)
+    args = types.SimpleNamespace(out="r", arch="resnet18", image_size=size)
+    common.save_run(args, 1, nn.ModuleDict({"backbone": backbone}), {}, recipe, {})
+    saved = torch.load("r/backbone.pt", weights_only=True)
+    assert saved["mean"] == recipe["mean"] and saved["std"] == recipe["std"]
+    kernel = saved["state_dict"]["conv1.weight"].shape[-1]
+    assert saved["small_images"] == small == (kernel == 3)
+
+
+def test_every_setting_but_seven_is_compared(capsys):
+    simclr_tc2.main(tiny("simclr_tc2", "--out", "r", "--max-steps", "1"))
+    settings = torch.load("r/last.pt", weights_only=True)["settings"]
+    free = {"data", "out", "workers", "log_every", "eval_every", "max_steps", "compile"}
+    assert len(settings) > 25
+    for name in settings.keys() - free:
+        sentence = refused(capsys, common.resume, "r", {**settings, name: "other"},
+                           nn.ModuleDict(), {})
+        assert f"{name} " in sentence
+
+
+def test_the_picture_of_curves_shows_values_over_steps(monkeypatch):
+    kept = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda self, *_, **__: kept.append(self))
+    os.makedirs("r")
+    lines = [{"settings": {}}, {"step": 3, "loss_a": 0.5}, {"step": 9, "loss_a": 0.25}]
+    common.save("r/log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    common.plot_curves("r")
+    line, = kept[0].axes[0].lines
+    assert list(line.get_xdata()) == [3, 9] and list(line.get_ydata()) == [0.5, 0.25]
