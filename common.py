@@ -392,9 +392,12 @@ def read_files(name, files, batches, workers, device):
     """Yield (images (m, n, 3, S, S) on `device`, n indices) of `files`, a Squares or Crops.
 
     A file that cannot be decoded is named, with the reason; too many of `files` end the run."""
+    # Python 3.14 would start workers slowly, and a signal in the meantime would kill them.
+    how = "fork" if workers and sys.platform == "linux" else None
     loader = torch.utils.data.DataLoader(
         files, batch_sampler=batches, num_workers=workers, collate_fn=join_items,
-        worker_init_fn=leave_signals_to_the_main_process, pin_memory=device.type == "cuda")
+        worker_init_fn=leave_signals_to_the_main_process, multiprocessing_context=how,
+        pin_memory=device.type == "cuda")
     n = len(files.paths)
     allowed = min(math.ceil(BAD_FRACTION * n), n - 1)       # one image at least has to be left
     left_out = set()
