@@ -171,7 +171,8 @@ def check_shared_flags(args, data, world):
         tasks = " or --tasks" if args.images_per_step > args.batch_size else ""
         fail(f"--batch-size {args.batch_size}: one step takes {args.images_per_step} images, "
              f"there are only {len(data.train)} training images; lower it{tasks}")
-    if os.path.realpath(args.out) == os.path.realpath(os.path.expanduser(args.data)):
+    folder = os.path.realpath(os.path.expanduser(args.data))
+    if args.data not in BUILT_IN and os.path.realpath(args.out) == folder:
         fail(f"--out {args.out}: is the folder of the images, which the run's pictures would join")
     if args.warmup_epochs > args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs}: more than --epochs {args.epochs}")
@@ -533,7 +534,7 @@ def load_folder(name, image_size, workers):
         if other and not image_size:
             height, width = shapes[other[0]]
             say(f"not all images are {size} x {size} ({other[0]} is {width} x {height}): they are "
-                f"resized and cut to that, the median of the shorter sides; --image-size chooses "
+                "resized and cut to that, the median of the shorter sides; --image-size chooses "
                 "another")
         train, kept = decode_all(name, train, size, workers)
         if classes:

@@ -403,6 +403,7 @@ def test_out_may_not_be_the_folder_of_the_images(capsys):
     argv = tiny("simclr_tc2", "--data", "photos", "--out", "./photos")
     assert "--out ./photos: is the folder of the images" in refused(capsys, simclr_tc2.main, argv)
     assert sorted(os.listdir("photos")) == ["test", "train"]
+    simclr_tc2.main(tiny("simclr_tc2", "--out", "fake", "--max-steps", "1"))    # built-in data
 
 
 def test_small_images_are_copied_out_of_the_workers_shared_memory():
