@@ -714,10 +714,14 @@ def test_batchnorm_can_fake_short_columns_but_not_unused_inputs():
         found[c] = {"z": z, "inputs": sparse_penalty(W * spread, "inputs"),
                     "used": live_columns(W * spread), "rownorm": sparse_penalty(W, "rownorm"),
                     "live": live_columns(W).sum()}
-    for same in ("z", "inputs", "used"):
+        args.lr = 0
+        terms = train_step(nets, build_opts(nets, args), views, args, 0.0)
+        found[c] |= {"live_inputs": terms["live_inputs"], "live_columns": terms["live_columns"]}
+    for same in ("z", "inputs", "used", "live_inputs"):
         torch.testing.assert_close(found[1][same], found[1e4][same], rtol=1e-6, atol=1e-9)
     assert found[1e4]["rownorm"] < 0.9 * found[1]["rownorm"]
     assert found[1]["live"] - found[1e4]["live"] == 4
+    assert found[1e4]["live_columns"] < found[1]["live_columns"] == found[1]["live_inputs"]
 
 
 @pytest.mark.parametrize("penalty", ["plain", "rownorm", "inputs", "prox"])

@@ -58,6 +58,8 @@ def test_two_steps_leave_a_run_and_finite_terms(pair):
     own = base.train_step
     combine(pair)
     assert base.train_step is own                       # the script is itself again
+    with open("r/log.jsonl") as file:                   # the log has the whole command
+        assert json.loads(file.readline())["argv"][:3] == [*pair, "--data"]
     rows = losses("r")
     for row in rows:
         assert all(math.isfinite(value) for value in row.values())

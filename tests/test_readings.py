@@ -52,6 +52,7 @@ def test_two_steps_leave_a_run_and_finite_terms(reading):
     assert [row["step"] for row in terms] == [1, 2]
     assert {"loss_query", "loss_support", "loss_v", "loss_w", "inner_step"} <= set(terms[0])
     assert rows("r")[0]["settings"]["script"] == f"tc2_{reading}"
+    assert rows("r")[0]["argv"][:3] == [reading, "--data", "fake"]          # the whole command
     backbone = torch.load("r/backbone.pt", weights_only=True)
     common.make_backbone("resnet_tiny", 8)[0].load_state_dict(backbone["state_dict"])
 

@@ -849,3 +849,11 @@ def test_the_figure_of_lengths_shows_mean_accuracy_over_passes(monkeypatch):
         assert cost == pytest.approx(length_cost("tc2", length), rel=1e-3)
         accuracies = length_accuracies("tc2", length, length_folders("tc2", length))
         assert accuracy == pytest.approx(accuracies[:, 0].mean())
+
+
+def test_a_backward_pass_for_each_task_is_counted_for_tc2s_rivals():
+    tables = loaded("results/tables.py")
+    for name in ("pcgrad", "gradvac", "graddrop"):
+        cost = tables.COMBINED[f"simclr_{name}"]
+        assert cost({"tasks": 1}) == pytest.approx(2)           # as SimCLR, two views
+        assert cost({"tasks": 4}) == pytest.approx(2 * (1 / 3 + 4 * 2 / 3))

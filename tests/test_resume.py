@@ -934,8 +934,66 @@ def test_the_picture_of_curves_shows_values_over_steps(monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig",
                         lambda self, *_, **__: kept.append(self))
     os.makedirs("r")
-    lines = [{"settings": {}}, {"step": 3, "loss_a": 0.5}, {"step": 9, "loss_a": 0.25}]
+    lines = [{"settings": {}}, {"step": 0, "knn5": 1, "knn9": 2, "raw_pixels_knn9": 7},
+             {"step": 3, "loss_a": 0.5}, {"step": 9, "loss_a": 0.25, "knn5": 3, "knn9": 4}]
     common.save("r/log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     common.plot_curves("r")
-    line, = kept[0].axes[0].lines
+    losses, accuracies = kept[0].axes[:2]
+    line, = losses.lines
     assert list(line.get_xdata()) == [3, 9] and list(line.get_ydata()) == [0.5, 0.25]
+
+    # The pixels' accuracy has the colour of the curve that has to beat it.
+    colour = {line.get_label(): line.get_color() for line in accuracies.lines}
+    assert colour["raw_pixels_knn9"] == colour["knn9"] != colour["knn5"]
+
+
+def test_processes_agree_on_the_images_and_settings_but_not_on_where_they_lie(monkeypatch, capsys):
+    asked = []
+
+    def other_process_differs(value):
+        asked.append(value)
+        return False
+
+    monkeypatch.setattr(common, "alike_on_all_processes", other_process_differs)
+    sentence = refused(capsys, simclr_tc2.main, tiny("simclr_tc2", "--out", "r"))
+    assert "the processes do not see the same files" in sentence and not os.path.exists("r")
+    (step, settings), = asked
+    names = dict(settings)
+    assert step == 0 and names["images"] == 512 and names["file_names"] == "fake"
+    assert {"epochs", "seed", "batch_size"} <= names.keys()
+    assert not {"out", "data", "workers"} & names.keys()
+
+
+def test_no_process_leaves_while_another_one_still_writes(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", always(True))
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda name=name: called.append(name))
+    args = types.SimpleNamespace(out="r", device="cuda", images_per_step=8)
+    common.Log(args, 1, 9, {}).end("done")
+    assert called == ["barrier", "destroy_process_group"]
+
+
+def test_the_first_step_gives_a_sign_of_life(capsys):
+    args = types.SimpleNamespace(out="r", device="cpu", images_per_step=8)
+    log = common.Log(args, 0, 9, {})
+    for step in (4, 5):
+        log.add(step, {"loss_ssl": torch.tensor(1.0)})
+    assert capsys.readouterr().out == "step 4/9  is done\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers start as Python has it")
+def test_workers_are_forked(monkeypatch):
+    """Python 3.14 would start them anew, and a signal would meet them unprepared."""
+    image_folder("d", n=2)
+    asked = []
+    loader = torch.utils.data.DataLoader
+
+    def spy(*args, **options):
+        asked.append(options["multiprocessing_context"])
+        return loader(*args, **options)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", spy)
+    for workers in (0, 1):
+        common.load_folder("d", None, workers)
+    assert asked == [None, None, "fork", "fork"]                # train and test
