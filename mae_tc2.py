@@ -232,7 +232,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """`embed`: encoder tokens -> (..., d), what TC2 calibrates; `forward` predicts every patch.
 
-    [MAE Section 3]"""
+    Its attention heads are 32 wide.     [MAE Section 3]"""
     def __init__(self, image_size, patch_size, encoder_dim, dim, depth, position_base=1e4):
         super().__init__()
         self.embed = nn.Linear(encoder_dim, dim)
@@ -313,7 +313,8 @@ def build_nets(args):
 
 
 def build_opts(nets, args):
-    """AdamW [MAE Appendix A], without weight decay on biases, norms and tokens; Adam for TC2."""
+    """AdamW, beta_2 = 0.95, no weight decay on biases, norms and tokens [MAE Appendix A]; Adam for
+    f_v and f_w."""
     params = [*nets["backbone"].parameters(), *nets["decoder"].parameters()]
     matrices = [p for p in params if p.ndim == 2]
     others = [p for p in params if p.ndim != 2]
@@ -371,7 +372,7 @@ def mae_step(autoencoder, opt, x, orders, args):
 def batch_summary(z):
     """S (d + 1, d): the mean in row 0, the covariance below it, of the M rows of z (..., d).
 
-    The rows of all processes count. [TC2 before Eq. 1]"""
+    The rows of all processes count; the covariance is divided by M - 1. [TC2 before Eq. 1]"""
     z = z.detach().flatten(0, -2)
     M = len(z) * world_size()
     mean = all_reduce_sum(z.sum(0)) / M
@@ -389,9 +390,9 @@ def mlp(inputs, hidden, outputs):
 class FactorNet(nn.Module):
     """f_v: S (d + 1, d) -> V (d, n_f). [TC2 question i]
 
-    Each column of S, a dimension's mean and covariances, gives a row of V; then QR makes the
-    columns orthonormal. A network of the flattened S would have 134M parameters at d = n_f = 512,
-    this one has 0.3M."""
+    Each column of S, a dimension's mean and covariances, gives a row of V; then QR, with signs such
+    that the diagonal of R is positive, makes the columns orthonormal. A network of the flattened S
+    would have 134M parameters at d = n_f = 512, this one has 0.3M."""
     def __init__(self, dim, n_factors, orthogonal=True, hidden=256):
         super().__init__()
         self.mlp = mlp(dim + 1, hidden, n_factors)
@@ -409,7 +410,8 @@ class FactorNet(nn.Module):
 class WeightNet(nn.Module):
     """f_w: z (..., d), V (d, n_f) -> W (..., n_f) = z V + MLP(z). [TC2 question ii]
 
-    V is given: no gradient reaches f_v through the skip path. The MLP starts at zero, so that
+    V is given: no gradient reaches f_v through the skip path. With QR a loss of cosines, such as
+    SimCLR's, gives f_v none at all: L_v alone trains it. The MLP starts at zero, so that
     calibration starts as the projection on V."""
     def __init__(self, dim, n_factors, skip=True, hidden=128):
         super().__init__()
@@ -535,7 +537,9 @@ def relative_change(theta_k, theta):
 
 
 def token_scale(t):
-    """(z, mean, std) of tokens t (..., d) = mean + std z: each z has zero mean and norm sqrt(d)."""
+    """(z, mean, std) of tokens t (..., d) = mean + std z: each z has zero mean and norm sqrt(d).
+
+    Almost: 1e-6 is added to the variance."""
     mean = t.mean(-1, keepdim=True)
     std = (t.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
     return (t - mean) / std, mean, std

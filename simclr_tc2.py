@@ -170,7 +170,7 @@ def simclr_step(nets, opts, views, args):
 def batch_summary(z):
     """S (d + 1, d): the mean in row 0, the covariance below it, of the M rows of z (..., d).
 
-    The rows of all processes count. [TC2 before Eq. 1]"""
+    The rows of all processes count; the covariance is divided by M - 1. [TC2 before Eq. 1]"""
     z = z.detach().flatten(0, -2)
     M = len(z) * world_size()
     mean = all_reduce_sum(z.sum(0)) / M
@@ -188,9 +188,9 @@ def mlp(inputs, hidden, outputs):
 class FactorNet(nn.Module):
     """f_v: S (d + 1, d) -> V (d, n_f). [TC2 question i]
 
-    Each column of S, a dimension's mean and covariances, gives a row of V; then QR makes the
-    columns orthonormal. A network of the flattened S would have 134M parameters at d = n_f = 512,
-    this one has 0.3M."""
+    Each column of S, a dimension's mean and covariances, gives a row of V; then QR, with signs such
+    that the diagonal of R is positive, makes the columns orthonormal. A network of the flattened S
+    would have 134M parameters at d = n_f = 512, this one has 0.3M."""
     def __init__(self, dim, n_factors, orthogonal=True, hidden=256):
         super().__init__()
         self.mlp = mlp(dim + 1, hidden, n_factors)
@@ -208,7 +208,8 @@ class FactorNet(nn.Module):
 class WeightNet(nn.Module):
     """f_w: z (..., d), V (d, n_f) -> W (..., n_f) = z V + MLP(z). [TC2 question ii]
 
-    V is given: no gradient reaches f_v through the skip path. The MLP starts at zero, so that
+    V is given: no gradient reaches f_v through the skip path. With QR a loss of cosines, such as
+    SimCLR's, gives f_v none at all: L_v alone trains it. The MLP starts at zero, so that
     calibration starts as the projection on V."""
     def __init__(self, dim, n_factors, skip=True, hidden=128):
         super().__init__()
@@ -334,7 +335,8 @@ def relative_change(theta_k, theta):
 
 
 def prototypes(z):
-    """Anchors (n, d) of the n implicit classes: each image's mean over its views z (v, n, d).
+    """Anchors (n, d) of the n implicit classes: each image's mean direction over its views z
+    (v, n, d). Views have unit norm before the mean, anchors after it.
 
     [TC2 "anchor ... like a cluster center"]"""
     return F.normalize(F.normalize(z, dim=-1).mean(0), dim=-1)
@@ -352,7 +354,8 @@ def query_sse(query, anchors, temperature):
 
 
 def view_sse(query):
-    """L_sse as the squared distance of an image's views, query (v, n, d). It collapses."""
+    """L_sse as the squared distance of an image's views, query (v, n, d) of any norm: the mean over
+    images and pairs of views. It collapses."""
     a, b = torch.triu_indices(len(query), len(query), 1, device=query.device)
     return (query[a] - query[b]).square().sum(-1).mean()
 
@@ -361,7 +364,7 @@ def query_loss(z, args):
     """The loss of Eqs. 5 and 7 of one task's views z (m, n, d): support first, then query.
 
     The paper does not say whose errors are squared: brier, the default, is `query_sse`, sse is
-    `view_sse`."""
+    `view_sse`; nce is InfoNCE of the query views. The anchors carry a gradient."""
     support, query = z[:len(z) // 2], z[len(z) // 2:]
     if args.query_loss == "sse":
         return view_sse(query)
@@ -379,9 +382,11 @@ def train_step(nets, opts, views, args, progress):
     loss_support     InfoNCE before the inner step; below log((m // 2) n - 1), that of collapse
     inner_step       length of the last task's inner step beside the weights; harms if it stays
                      above 0.02, a warning comes at 0.1
-    std_z, std_z_hat  spread over directions; near 1 is good, 0 = collapsed
+    std_z, std_z_hat  spread over directions; near 1 is good, 0 = collapsed; the first view's, from
+                     before the step, calibrated by f_v and f_w after it
     loss_v, loss_w   Eqs. 1 and 2 in Eq. 5; loss_factors_*: the first terms of Eqs. 4 and 5
-    cos_z_hat        cosine of z_hat to z; 1 = calibration turns nothing
+    cos_z_hat        cosine of these; 1 = calibration turns nothing, or --without calibration
+    loss_ssl         of the baseline: its InfoNCE
 
     progress, the share of the training done, is for scripts that change with it; not this one."""
     if args.baseline:

@@ -339,6 +339,26 @@ def test_no_gradient_reaches_f_v_through_the_skip_path():
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_with_qr_the_losses_of_simclr_train_f_w_and_not_f_v(orthogonal):
+    # Cosines of W V^T are those of W, where V^T V = I: f_v learns from L_v alone.
+    z = randn(4, 3, 6)
+    f_v = seeded(FactorNet, 6, 4, orthogonal)
+    f_w = seeded(WeightNet, 6, 4)
+    nn.init.normal_(f_w.mlp[-1].weight)
+    V = f_v(batch_summary(z))
+    z_hat = calibrate(z, V, f_w)
+
+    def length(loss, net):
+        return flat(grad(loss, list(net.parameters()), retain_graph=True)).norm()
+
+    brier = query_sse(z_hat[2:], prototypes(z_hat[:2]), 0.5)
+    for loss in (info_nce(z_hat, 0.5), brier):
+        assert length(loss, f_w) > 1e-4
+        assert (length(loss, f_v) < 1e-12) == orthogonal
+    assert length(factor_loss(z, V), f_v) > 1e-4
+
+
 def test_calibrate_combines_the_columns_of_v_by_the_sample_s_weights():
     net = seeded(WeightNet, 6, 4)
     z = randn(2, 3, 6)
