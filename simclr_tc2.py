@@ -595,6 +595,10 @@ def fill_defaults(args, data, device):
     if args.factors == args.dim and "qr" not in without and not args.baseline:
         say(f"--factors {args.factors}: as many as dimensions, so that V is square and orthogonal: "
             "Eq. 1 is zero by construction")
+    qr = "qr" not in without and args.factors <= args.dim
+    if "lv" in without and qr and not args.baseline:
+        say("--without lv: with the QR no other loss gives f_v a gradient, so that V is left to "
+            "chance; the paper's ablation is --without lv qr")
     return [AUGMENTATION[recipe]] * args.views
 
 

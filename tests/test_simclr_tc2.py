@@ -1130,6 +1130,17 @@ def test_half_as_many_factors_as_dimensions_and_a_line_where_eq_1_is_zero(capsys
     assert factor_loss(randn(9, 64).float(), V) < 1e-8
 
 
+def test_a_line_where_nothing_trains_f_v(capsys):
+    for flags in ("", "--literal", "--without lv qr", "--without lv --literal",
+                  "--without lv --factors 128"):
+        built(*flags.split())
+        assert "left to chance" not in capsys.readouterr().out
+    built("--without", "lv")
+    assert capsys.readouterr().out.startswith("--without lv: with the QR no other loss")
+    built("--without", "lv", "--baseline")
+    assert "left to chance" not in capsys.readouterr().out
+
+
 # ---- what is measured at evaluations -------------------------------------------------------------
 def test_gradient_conflict_equals_the_pairwise_loop_and_ignores_scale():
     g = randn(5, 7)
