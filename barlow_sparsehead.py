@@ -15,9 +15,12 @@ One step, [Barlow Twins Algorithm 1] with the penalty of [SparseHead Section 6]:
   C = correlation of z1 and z2 over the batch                             Barlow Twins Eq. 2
   L = sum_i (1 - C_ii)^2 + lambda_o sum_{i != j} C_ij^2                   Barlow Twins Eq. 1
   theta, phi <- a step of Adam on L + lambda ||W'||_{2,1}                 SparseHead Eqs. 12, 13
-W' is W with rows of unit norm (--penalty rownorm; inputs: its columns times the spread of their
-inputs), or W itself (plain). prox: the step is on L alone, then comes a proximal step on W.
-bilevel: proximal steps from W give W^t, theta takes a step on L at W^t, W moves towards W^t.
+By --penalty:
+  rownorm  W' is W with rows of unit norm
+  inputs   W' is W with columns times the spread of their inputs, and then with rows of unit norm
+  plain    W' is W
+  prox     the step is on L alone, then comes a proximal step on W
+  bilevel  proximal steps from W give W^t, theta takes a step on L at W^t, W moves towards W^t
 
   paper           here                  shape, meaning
   r = f_theta(x)  r                     (2, n, d) representation, what is kept after training
@@ -33,22 +36,31 @@ bilevel: proximal steps from W give W^t, theta takes a step on L at W^t, W moves
   python barlow_sparsehead.py --data /imagenet100    one large GPU; plain Barlow Twins: --baseline
   torchrun --nproc-per-node 8 barlow_sparsehead.py --data /imagenet100      as is, or --sync-bn too
 
-Controls: `--baseline` no penalty | `--penalty plain` the paper's, lambda = 1e-4 | `--penalty plain
---lambda-sparse 1` shrinks W and removes no column | `--penalty prox` exact zeros | `--penalty
-bilevel` a W for each batch | `--head linear` columns are dimensions of r | `--head none --baseline`
-z = r, as in the paper's Fig. 1a.
+Controls:
+  --baseline                           no penalty
+  --penalty plain                      the paper's, lambda = 1e-4
+  --penalty plain --lambda-sparse 1    shrinks W and removes no column
+  --penalty prox                       exact zeros
+  --penalty bilevel                    a W for each batch
+  --head linear                        columns are dimensions of r
+  --head none --baseline               z = r, as in the paper's Fig. 1a
 
 Result (results/sparsehead.md): at CPU scale few columns carry the accuracy of the baseline after
 short trainings, without a gain, and a little less after long ones; not run at ImageNet scale.
 
 Deviations from the paper, numbered as in results/sparsehead.md, where the evidence stands and the
-rest: (1) The default penalises W with unit rows, not W. (2) lambda = 0.3 for it: 1e-4 changes
-nothing. (3) One W for all batches, trained with theta, where Eqs. 12-13 have a W^t for each
-(--penalty bilevel). (4) Groups are columns, by the support in Section 5.2; a smaller
-"dimensionality of the embedding" (Section 5.3) would need rows. (5) What "sparse" means is counted:
-columns below 1e-3 of the largest, exact zeros, and inputs in use, since BatchNorm can fake the
-first. (6) No weight decay on W. (8) Adam at every scale, not Barlow Twins' LARS. (10) The penalty
-sees W alone: --penalty inputs weighs a column by the spread of its input.
+rest:
+  (1)  The default penalises W with unit rows, not W.
+  (2)  lambda = 0.3 for it: 1e-4 changes nothing.
+  (3)  One W for all batches, trained with theta, where Eqs. 12-13 have a W^t for each, as
+       --penalty bilevel has.
+  (4)  Groups are columns, by the support in Section 5.2; a smaller "dimensionality of the
+       embedding" (Section 5.3) would need rows.
+  (5)  What "sparse" means is counted: columns below 1e-3 of the largest, exact zeros, and inputs in
+       use, since BatchNorm can fake the first.
+  (6)  No weight decay on W.
+  (8)  Adam at every scale, not Barlow Twins' LARS.
+  (10) The penalty sees W alone: --penalty inputs weighs a column by the spread of its input.
 """
 import math
 import sys

@@ -31,20 +31,26 @@ One step, [GeSSL Algorithm 1]:
   python byol_gessl.py --data /imagenet100                        one GPU; plain BYOL: --baseline
   torchrun --nproc-per-node 8 byol_gessl.py --data /imagenet100   whole tasks: M = 8, one a process
 
-Controls: `--baseline` BYOL on mini-batches of N | `--baseline --batch-size MN` BYOL on the images
-of one outer step [GeSSL Table 22] | `--lookahead` the same inner loop without the KL |
-`--hypergrad first-order` no second derivative | `--ssl-weight 0` Eq. 4 word for word.
+Controls:
+  --baseline                    BYOL on mini-batches of N
+  --baseline --batch-size MN    BYOL on the images of one outer step [GeSSL Table 22]
+  --lookahead                   the same inner loop without the KL
+  --hypergrad first-order       no second derivative
+  --ssl-weight 0                Eq. 4 word for word
 
 Result (results/gessl.md): at CPU scale GeSSL trains, does not collapse, and does not beat BYOL;
 not run at ImageNet scale.
 
 Deviations from the paper, numbered as in results/gessl.md, where the evidence stands and the rest:
-(1) pi is a softmax over the N anchors of BYOL's loss: a learned head does not train. (2) Appendix C
-also speaks of N binary problems: --outer-loss bernoulli. (3) BYOL's gradient is added to Eq. 4;
---ssl-weight 0 undoes it. (4) Eqs. 18-21 are printed for two variables; here one, theta, starts the
-inner loop and is adapted by it. (5) The difference of Eq. 21 is taken backward: the forward one
-diverges. (7) AdamW, not SGD. (8) Eqs. 3 and 4 are means, not sums. (9) Two views of an image, where
-Appendix C augments it 5 times.
+  (1) pi is a softmax over the N anchors of BYOL's loss: a learned head does not train.
+  (2) Appendix C also speaks of N binary problems: --outer-loss bernoulli.
+  (3) BYOL's gradient is added to Eq. 4; --ssl-weight 0 undoes it.
+  (4) Eqs. 18-21 are printed for two variables; here one, theta, starts the inner loop and is
+      adapted by it.
+  (5) The difference of Eq. 21 is taken backward: the forward one diverges.
+  (7) AdamW, not SGD.
+  (8) Eqs. 3 and 4 are means, not sums.
+  (9) Two views of an image, where Appendix C augments it 5 times.
 """
 import copy
 import math

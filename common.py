@@ -1,7 +1,22 @@
 """What all four scripts need: flags, data, augmentation, backbones, k-NN, processes, log.
 
-Read a script first and come here only for the how. The file is ordered as data travels. No method's
-recipe lives here, nothing here calls back into a script, and importing it has no side effect.
+Read a script first and come here only for the how. The file is ordered as data travels; what a
+script calls, by section:
+
+  flags         base_parser, number, parse, fill_from_recipe, check_shared_flags; fail, say
+  randomness    rng, lr_scale, set_lr
+  data          load_data, training_batches
+  augmentation  augment, which training_batches calls
+  backbones     make_backbone, batch_stats_only
+  k-NN monitor  monitor, embedding_std, effective_rank
+  processes     setup_processes, world_size, all_reduce_sum, gather_batch, average_gradients
+  checkpoint    open_run, save_run
+  log           Log: add at every step, write every few, event for an evaluation
+  signals       graceful_stop, run
+  pictures      draw_views, draw_grid
+
+All else serves these. No method's recipe lives here, nothing here calls back into a script, and
+importing it has no side effect.
 
 Every random draw is a function of a key, see `rng`. No generator state is ever saved, and a resumed
 run equals an uninterrupted one: to the bit on a CPU, up to the order of its sums on a GPU.

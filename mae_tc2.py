@@ -11,7 +11,8 @@ token, between encoder and decoder, as a combination of factors that all tasks s
 
 One step, [TC2 Algorithm 1]:
   split the batch into K tasks of n images, draw m masks of each image         lines 2-3
-  Z = tokens of class and visible patches, between encoder and decoder, S = batch_summary(Z)
+  Z = tokens of class and visible patches, between encoder and decoder
+  S = mean and covariance of Z
   f_v, f_w <- a step on the support masks, then one on the query masks         line 4   Eqs. 4, 5
   theta_k  <- theta - beta_1 grad L_support(theta)           for each task     line 5   Eq. 6
   theta    <- theta - beta_2 mean_k grad L_query(theta_k)                      line 5   Eq. 7
@@ -35,24 +36,32 @@ One step, [TC2 Algorithm 1]:
   python mae_tc2.py --data /imagenet100                        one GPU; plain MAE: --baseline
   torchrun --nproc-per-node 4 mae_tc2.py --data /imagenet100   whole tasks: 8 need --tasks 8
 
-Controls: `--baseline --masks 4` MAE at equal masks (drawn shapes: 2), of which TC2's query masks,
-half of them, give theta its gradient | `--baseline` with 7.3 times the `--epochs` (drawn shapes:
-3.7) at equal compute | `--inner-lr 0` no inner loop: the support masks train f_v and f_w alone |
-`--without calibration` plain first-order MAML; f_v and f_w train beside it, for the log.
+Controls:
+  --baseline --masks 4     MAE at equal masks (drawn shapes: 2); of TC2's the query half moves theta
+  --baseline --epochs N    MAE at equal compute: N = 7.3 times TC2's (drawn shapes: 3.7)
+  --inner-lr 0             no inner loop: the support masks train f_v and f_w alone
+  --without calibration    plain first-order MAML; f_v, f_w train beside it, for the log
 
 Result (results/mae.md): at CPU scale TC2 trains, and does not beat MAE at equal images or at equal
 compute; not run at ImageNet scale.
 
-Deviations from the papers (evidence in results/mae.md). As in simclr_tc2.py: (1) V is orthonormal
-by QR. (2) f_w has a skip path z V. (5) Eq. 7 is first order by default. (6) Eqs. 1-2 are means
-over samples, Eq. 7 over tasks. (7) n_f = d / 2. Here alone: (8) Tokens are calibrated one by one,
-not the image's vector: the decoder has to see z_hat. (9) Tokens are standardised before
-calibration and scaled back after it. (10) L_sse is MAE's mean, the sum divided by the number of
-pixels. (11) The whole image is the target, not in the support set: it has no masked patch. (12) f_v
-and f_w learn through the decoder as it is. (13) Up to 96 px the frequencies of the positions end
-near 1 / 30, not near 1e-4. (14) Raw pixels as target on drawn shapes. (15) Features are the mean of
-the patch tokens. Below Eq. 2 the paper prints W_j = f_w(z_j) V^T; that has d entries, not n_f, so
-W_j = f_w(z_j). More rows of results/tc2.md hold here too, see results/mae.md.
+Deviations from the papers, numbered as in results/mae.md, which has the evidence, and more rows of
+results/tc2.md that hold here too. As in simclr_tc2.py:
+  (1)  V is orthonormal by QR.
+  (2)  f_w has a skip path z V.
+  (5)  Eq. 7 is first order by default.
+  (6)  Eqs. 1-2 are means over samples, Eq. 7 over tasks.
+  (7)  n_f = d / 2.
+Here alone:
+  (8)  Tokens are calibrated one by one, not the image's vector: the decoder has to see z_hat.
+  (9)  Tokens are standardised before calibration and scaled back after it.
+  (10) L_sse is MAE's mean, the sum divided by the number of pixels.
+  (11) The whole image is the target, not in the support set: it has no masked patch.
+  (12) f_v and f_w learn through the decoder as it is.
+  (13) Up to 96 px the frequencies of the positions end near 1 / 30, not near 1e-4.
+  (14) Raw pixels as target on drawn shapes.
+  (15) Features are the mean of the patch tokens.
+Below Eq. 2 the paper prints W_j = f_w(z_j) V^T; that has d entries, not n_f, so W_j = f_w(z_j).
 """
 import argparse
 import contextlib

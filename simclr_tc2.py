@@ -31,20 +31,27 @@ One step, [TC2 Algorithm 1]:
   python simclr_tc2.py --data /imagenet100                        one GPU; plain SimCLR: --baseline
   torchrun --nproc-per-node 4 simclr_tc2.py --data /imagenet100   whole tasks; 8 GPUs: --tasks 8
 
-Controls: `--baseline --views 4` SimCLR at equal views | `--inner-lr 0` no inner loop |
-`--without calibration` plain first-order MAML; f_v and f_w train beside it, for the log |
-`--baseline --tasks 2 --views 2` the paper's SimCLR+T, tasks with neither calibration nor inner loop
-| `--literal` nearer to the paper's words.
+Controls:
+  --baseline --views 4             SimCLR at equal views
+  --baseline --tasks 2 --views 2   the paper's SimCLR+T: tasks, neither calibration nor inner loop
+  --inner-lr 0                     no inner loop
+  --without calibration            plain first-order MAML; f_v, f_w train beside it, for the log
+  --literal                        nearer to the paper's words
 
 Result (results/tc2.md): at CPU scale TC2 trains, does not collapse, and does not beat SimCLR at
 equal compute; not run at ImageNet scale.
 
-Deviations from the paper, numbered as in results/tc2.md, which has the evidence (--literal undoes
-the first four): (1) V is orthonormal by QR, not by the penalty alone. (2) f_w has a skip path z V.
-(3) z has norm sqrt(d): at unit norm Eq. 2 makes W = 0. (4) The query error is that of the implicit
-n-way classification of a task: the squared distance of views collapses. (5) Eq. 7 is first order by
-default. (6) Eqs. 1-2 are means over samples, Eq. 7 over tasks. (7) n_f = d / 2: with n_f = d, the
-paper's best (Table 9), an orthonormal V is square, V V^T = I, and Eq. 1 is zero whatever f_v does.
+Deviations from the paper, numbered as in results/tc2.md, which has the evidence; --literal undoes
+the first four:
+  (1) V is orthonormal by QR, not by the penalty alone.
+  (2) f_w has a skip path z V.
+  (3) z has norm sqrt(d): at unit norm Eq. 2 makes W = 0.
+  (4) The query error is that of the implicit n-way classification of a task: the squared distance
+      of views collapses.
+  (5) Eq. 7 is first order by default.
+  (6) Eqs. 1-2 are means over samples, Eq. 7 over tasks.
+  (7) n_f = d / 2: with n_f = d, the paper's best (Table 9), an orthonormal V is square,
+      V V^T = I, and Eq. 1 is zero whatever f_v does.
 Below Eq. 2 the paper prints W_j = f_w(z_j) V^T; that has d entries, not n_f, so W_j = f_w(z_j).
 """
 import sys
