@@ -142,37 +142,6 @@ def build_opts(nets, args):
     return {"encoder": torch.optim.AdamW(groups, args.lr, fused=True)}
 
 
-def channels_last(p):
-    """A kernel (out, in, h, w) as (out, h, w, in); any other parameter as it is."""
-    return p.movedim(1, -1) if p.ndim == 4 else p
-
-
-def flatten(net):
-    """theta (P,): copies of all parameters of a net, laid end to end.
-
-    Kernels lie there with their channels last, as convolutions read them fastest."""
-    parts = [channels_last(p.detach()).flatten() for p in net.parameters()]
-    return torch.cat(parts).requires_grad_()
-
-
-def unflatten(theta, net):
-    """theta (P,) as {name: tensor}, in the shapes of the net's parameters."""
-    params = dict(net.named_parameters())
-    parts = theta.split([p.numel() for p in params.values()])
-    found = {}
-    for (name, p), part in zip(params.items(), parts):
-        part = part.view(channels_last(p).shape)
-        found[name] = part.movedim(-1, 1) if p.ndim == 4 else part
-    return found
-
-
-def set_gradient(net, gradient):
-    """.grad of every parameter of a net, in its own memory format, from a vector (P,)."""
-    parts = unflatten(gradient, net)
-    for name, p in net.named_parameters():
-        p.grad = torch.empty_like(p).copy_(parts[name])
-
-
 def embed(net, x, args, theta=None):
     """Outputs (..., d) of images x (..., 3, H, W), never in bfloat16.
 
@@ -278,9 +247,46 @@ def outer_loss(kind, target_logits, logits):
     return distance.sum(-1).mean()
 
 
+# ---- GeSSL: all weights as one vector ------------------------------------------------------------
+def channels_last(p):
+    """A kernel (out, in, h, w) as (out, h, w, in); any other parameter as it is."""
+    return p.movedim(1, -1) if p.ndim == 4 else p
+
+
+def flatten(net):
+    """theta (P,): copies of all parameters of a net, laid end to end.
+
+    Kernels lie there with their channels last, as convolutions read them fastest."""
+    parts = [channels_last(p.detach()).flatten() for p in net.parameters()]
+    return torch.cat(parts).requires_grad_()
+
+
+def unflatten(theta, net):
+    """theta (P,) as {name: tensor}, in the shapes of the net's parameters."""
+    params = dict(net.named_parameters())
+    parts = theta.split([p.numel() for p in params.values()])
+    found = {}
+    for (name, p), part in zip(params.items(), parts):
+        part = part.view(channels_last(p).shape)
+        found[name] = part.movedim(-1, 1) if p.ndim == 4 else part
+    return found
+
+
+def set_gradient(net, gradient):
+    """.grad of every parameter of a net, in its own memory format, from a vector (P,)."""
+    parts = unflatten(gradient, net)
+    for name, p in net.named_parameters():
+        p.grad = torch.empty_like(p).copy_(parts[name])
+
+
 # ---- GeSSL: inner steps and the gradient through them --------------------------------------------
 # A task is a function: task(theta) -> (loss, logits of pi), for theta (P,). Nothing from here to
 # `gessl_task` knows BYOL.
+
+def norm(v):
+    """||v||, and never 0: it stands below a fraction."""
+    return v.norm().clamp(min=1e-30)
+
 
 def loss_and_gradient(task, theta, create_graph=False):
     """(l, grad l) at theta (P,)."""
@@ -306,7 +312,7 @@ def difference_hvp(task, theta, gradient, v, length=FD_LENGTH):
     Backward: its error is -(e / 2) grad(v H v). Eq. 4 holds -alpha H v, so that its step descends
     (alpha e / 2) v H v too, the curvature along v. With a forward difference it climbs.
     [GeSSL Eq. 21]"""
-    e = length / v.norm().clamp(min=1e-30)
+    e = length / norm(v)
     behind = (theta - e * v).detach().requires_grad_()
     _, gradient_behind = loss_and_gradient(task, behind)
     return (gradient - gradient_behind) / e
@@ -333,7 +339,7 @@ def neumann(hvp, v, terms=SOLVER_TERMS):
         before = term
         term = -hvp(term)
         total = total + term
-        growth = torch.maximum(growth, term.norm() / before.norm().clamp(min=1e-30))
+        growth = torch.maximum(growth, term.norm() / norm(before))
     return total, growth
 
 
@@ -352,7 +358,7 @@ def conjugate_gradient(hvp, v, iterations=SOLVER_TERMS):
     for i in range(iterations):
         Ap = hvp(p)
         q = p + Ap                                          # (I + A) p
-        growth = torch.maximum(growth, going * Ap.norm() / p.norm().clamp(min=1e-30))
+        growth = torch.maximum(growth, going * Ap.norm() / norm(p))
 
         # At r = 0 it has converged: p = 0 too, which is no negative curvature.
         rr = torch.dot(r, r)
@@ -387,40 +393,40 @@ def hypergradient(mode, outer, task, trajectory, gradients, alpha, terms=SOLVER_
     for the first two; and 1 if cg met negative curvature."""
     theta_K = trajectory[-1]
     K = len(gradients)
-    curvature = torch.zeros_like(outer.detach())
-    negative = torch.zeros_like(curvature)
+    zero = torch.zeros_like(outer.detach())
     if mode == "exact":
-        v, = torch.autograd.grad(outer, trajectory[0])
-        return v, curvature, negative
+        gradient, = torch.autograd.grad(outer, trajectory[0])
+        return gradient, zero, zero
 
-    # first-order returns this v as it is.
     v, = torch.autograd.grad(outer, theta_K)
+    if mode == "first-order":
+        return v, zero, zero
+
     if mode == "fd":
+        curvature = zero
         for k in reversed(range(K)):
             Hv = difference_hvp(task, trajectory[k], gradients[k], v, length)
-            alpha_H = alpha * Hv.norm() / v.norm().clamp(min=1e-30)
-            curvature = torch.maximum(curvature, alpha_H)
-            v = v - alpha * Hv
+            curvature = torch.maximum(curvature, alpha * Hv.norm() / norm(v))
+            v = v - alpha * Hv                                      # (I - alpha H(theta_k)) v
+        return v, curvature, zero
 
-    if mode in ("neumann", "cg"):
-        hvp = exact_hvp(task, theta_K)
+    hvp = exact_hvp(task, theta_K)
 
-        def scaled_hvp(u):
-            return K * alpha * hvp(u)
+    def scaled_hvp(u):
+        return K * alpha * hvp(u)
 
-        if mode == "neumann":
-            v, curvature = neumann(scaled_hvp, v, terms)
-        else:
-            v, curvature, negative = conjugate_gradient(scaled_hvp, v, terms)
-    return v, curvature, negative
+    if mode == "neumann":
+        total, growth = neumann(scaled_hvp, v, terms)
+        return total, growth, zero
+    return conjugate_gradient(scaled_hvp, v, terms)
 
 
 def gessl_task(task, theta, inner_steps, target_steps, alpha, hypergrad="fd", lookahead=False,
-               distance="kl"):
+               kind="kl"):
     """One task from theta (P,): (outer gradient, SSL gradient, terms). [GeSSL Algorithm 1]
 
-    task(theta) -> (loss, logits of pi (.., N)). theta is left alone. distance: kind of
-    `outer_loss`."""
+    task(theta) -> (loss, logits of pi (.., N)). theta is left alone. hypergrad: the mode of
+    `hypergradient`, kind: that of `outer_loss`; lookahead takes neither."""
     # Lines 6-9: K steps. Only the first one calls task with the tensor theta itself: there
     # BatchNorm's running statistics move (`byol_task`).
     unroll = hypergrad == "exact" and not lookahead
@@ -454,7 +460,7 @@ def gessl_task(task, theta, inner_steps, target_steps, alpha, hypergrad="fd", lo
 
     # Line 10, Eq. 3, and the gradient of Eq. 4.
     _, logits = task(theta_K)
-    loss_kl = outer_loss(distance, target_logits, logits)
+    loss_kl = outer_loss(kind, target_logits, logits)
     gradient, curvature, negative = hypergradient(hypergrad, loss_kl, task, trajectory, gradients,
                                                   alpha)
     terms = {"loss_kl": loss_kl.detach(), **terms, "entropy_pi": relative_entropy(target_logits),
@@ -516,8 +522,8 @@ def train_step(nets, opts, views, args, progress):
             z_target = embed(nets["target"], x, args)           # (2, N, d)
         task = byol_task(online, x, z_target, theta, args)
         outer_task, ssl_task, terms_task = gessl_task(
-            task, theta, args.inner_steps, args.target_steps, args.inner_lr, args.hypergrad,
-            args.lookahead, args.outer_loss)
+            task, theta, args.inner_steps, args.target_steps, args.inner_lr,
+            hypergrad=args.hypergrad, lookahead=args.lookahead, kind=args.outer_loss)
         outer_gradient += outer_task / M
         ssl_gradient += ssl_task / M
         terms_of_tasks.append(terms_task)
@@ -542,7 +548,7 @@ def train_step(nets, opts, views, args, progress):
     ssl_norm = ssl_gradient.norm()
     product = (outer_norm * ssl_norm).clamp(min=1e-30)
     terms["cos_outer_ssl"] = torch.dot(outer_gradient, ssl_gradient) / product
-    terms["outer_to_ssl"] = outer_norm / ssl_norm.clamp(min=1e-30)
+    terms["outer_to_ssl"] = outer_norm / norm(ssl_gradient)
     return terms
 
 
@@ -554,7 +560,7 @@ def curvature_probe(task, theta, iterations=10):
     hvp = exact_hvp(task, theta)
     v = torch.ones_like(theta)
     for _ in range(iterations):
-        v = hvp(v / v.norm().clamp(min=1e-30))
+        v = hvp(v / norm(v))
     return v.norm()
 
 

@@ -603,8 +603,8 @@ def train_step(nets, opts, views, args, progress):
         return reconstruction_loss(predicted, targets[k], orders[k, half:], T)
 
     lambda_v = 0 if "lv" in args.without else 1
-    terms = update_factors(nets, opts["factors"], Z, S, support_error, query_error, lambda_v,
-                           args.lambda_s)
+    factor_terms = update_factors(nets, opts["factors"], Z, S, support_error, query_error, lambda_v,
+                                  args.lambda_s)
     # What stands between encoder and decoder from here on; f_v has moved, so V is taken anew.
     V = nets["factor_net"](S).detach()
 
@@ -623,27 +623,29 @@ def train_step(nets, opts, views, args, progress):
             theta_k = theta
             if args.inner_lr:
                 predicted = autoencoder(images, order[:half], calibrated)
-                support_loss = reconstruction_loss(predicted, target, order[:half], T)
-                theta_k = inner_step(theta, support_loss, args.inner_lr, args.second_order)
-                support_losses.append(support_loss.detach())
+                loss_support = reconstruction_loss(predicted, target, order[:half], T)
+                theta_k = inner_step(theta, loss_support, args.inner_lr, args.second_order)
+                support_losses.append(loss_support.detach())
 
             # The autoencoder with the weights theta_k. No weight is shared under two names, so that
             # there is none to tie.
             inputs = (images, order[half:], calibrated)
             predicted = functional_call(autoencoder, theta_k, inputs, tie_weights=False)
-            query_loss = reconstruction_loss(predicted, target, order[half:], T)
+            loss_query = reconstruction_loss(predicted, target, order[half:], T)
+
             # First order: the gradient at theta_k is given to theta as it is.
             at = theta if args.second_order else theta_k
-            add_gradient(theta, query_loss / K, at)
-            query_losses.append(query_loss.detach())
+            add_gradient(theta, loss_query / K, at)
+            query_losses.append(loss_query.detach())
 
-    found = {"loss_query": torch.stack(query_losses).mean()}
+    # The length of the inner step is taken before theta moves.
+    terms = {"loss_query": torch.stack(query_losses).mean()}
     if args.inner_lr:
-        found["loss_support"] = torch.stack(support_losses).mean()
-        found["inner_step"] = relative_change(theta_k, theta)
+        terms["loss_support"] = torch.stack(support_losses).mean()
+        terms["inner_step"] = relative_change(theta_k, theta)
     average_gradients(theta.values())
     opts["encoder"].step()
-    return {**found, **terms}
+    return {**terms, **factor_terms}
 
 
 def attention_kernel(twice):

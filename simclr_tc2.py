@@ -416,9 +416,9 @@ def train_step(nets, opts, views, args, progress):
         return query_loss(z_hat, args)
 
     lambda_v = 0 if "lv" in args.without else 1
-    terms = update_factors(nets, opts["factors"], Z, S, on_support, on_query, lambda_v,
-                           args.lambda_s)
-    V = nets["factor_net"](S).detach()
+    factor_terms = update_factors(nets, opts["factors"], Z, S, on_support, on_query, lambda_v,
+                                  args.lambda_s)
+    V = nets["factor_net"](S).detach()                          # f_v has moved: V is taken anew
 
     def calibrated(z):
         if "calibration" in args.without:
@@ -435,31 +435,33 @@ def train_step(nets, opts, views, args, progress):
             theta_k = theta
             if args.inner_lr:
                 z_hat = calibrated(embed(encoder, x[:half], args))
-                loss = info_nce(z_hat, args.temperature)
-                theta_k = inner_step(theta, loss, args.inner_lr, args.second_order)
-                support_losses.append(loss.detach())
+                loss_support = info_nce(z_hat, args.temperature)
+                theta_k = inner_step(theta, loss_support, args.inner_lr, args.second_order)
+                support_losses.append(loss_support.detach())
 
-            # All m views: the support views at theta_k give the anchors, stale ones cost 6 points.
+            # All m views: the anchors are the support views at theta_k. Those of Eq. 6, at theta,
+            # would save half of this pass, and cost 6 points of accuracy (results/tc2.md, row 4).
             z_hat = calibrated(embed(encoder, x, args, theta_k))
-            loss = query_loss(z_hat, args)
+            loss_query = query_loss(z_hat, args)
 
             # First order: the gradient at theta_k is given to theta as it is.
             at = theta if args.second_order else theta_k
-            add_gradient(theta, loss / K, at)
-            query_losses.append(loss.detach())
+            add_gradient(theta, loss_query / K, at)
+            query_losses.append(loss_query.detach())
 
-    found = {"loss_query": torch.stack(query_losses).mean()}
+    # The length of the inner step is taken before theta moves.
+    terms = {"loss_query": torch.stack(query_losses).mean()}
     if args.inner_lr:
-        found["loss_support"] = torch.stack(support_losses).mean()
-        found["inner_step"] = relative_change(theta_k, theta)
+        terms["loss_support"] = torch.stack(support_losses).mean()
+        terms["inner_step"] = relative_change(theta_k, theta)
     average_gradients(theta.values())
-    opts["encoder"].step()                                      # moves theta
+    opts["encoder"].step()
 
     z = Z[:, 0].flatten(0, 1)                                   # the first view of every image
     z_hat = calibrated(z).detach()
-    found |= {"std_z": embedding_std(z), "std_z_hat": embedding_std(z_hat),
+    terms |= {"std_z": embedding_std(z), "std_z_hat": embedding_std(z_hat),
               "cos_z_hat": F.cosine_similarity(z_hat, z, dim=-1).mean()}
-    return {**found, **terms}
+    return {**terms, **factor_terms}
 
 
 # ---- what is measured at evaluations -------------------------------------------------------------

@@ -836,7 +836,7 @@ def test_task_equals_the_unrolled_slow_computation(K, lam):
 def test_task_minimises_the_outer_loss_it_is_told(kind):
     t = problem()
     right, outer, _, _ = reference(t, 2, 3, 0.1, kind)
-    h, _, terms = gessl_task(t.task, t.theta, 2, 3, 0.1, hypergrad="exact", distance=kind)
+    h, _, terms = gessl_task(t.task, t.theta, 2, 3, 0.1, hypergrad="exact", kind=kind)
     close(h, right, rtol=1e-8, atol=1e-11)
     close(terms["loss_kl"], outer)
 
