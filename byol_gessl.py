@@ -1,6 +1,6 @@
 """BYOL with the self-motivated target of GeSSL: one file, read beside the papers.
 
-BYOL predicts the slowly moving average of its own embedding of the other view. GeSSL calls each
+BYOL predicts how a slowly moving average of its own network embeds the other view. GeSSL calls each
 mini-batch a task: tell N images apart. The network takes K + lambda gradient steps on it, and the
 start moves so that after K steps the network already answers as it would lambda steps later.
 That gradient runs through the inner steps; here are five ways to take it.
