@@ -19,7 +19,8 @@ By --penalty:
   rownorm  W' is W with rows of unit norm
   inputs   W' is W with columns times the spread of their inputs, and then with rows of unit norm
   plain    W' is W
-  prox     the step is on L alone, then comes a proximal step on W
+  prox     the step is on L alone; then columns of W are shortened by (this step's learning rate)
+           lambda, and rows set to unit norm
   bilevel  proximal steps from W give W^t, theta takes a step on L at W^t, W moves towards W^t
 
   paper           here                  shape, meaning
@@ -48,8 +49,8 @@ Controls:
 Result (results/sparsehead.md): at CPU scale few columns carry the accuracy of the baseline after
 short trainings, without a gain, and a little less after long ones; not run at ImageNet scale.
 
-Deviations from the paper, numbered as in results/sparsehead.md, where the evidence stands and the
-rest:
+Deviations from the paper, numbered as in results/sparsehead.md, which has the others and the
+evidence:
   (1)  The default penalises W with unit rows, not W.
   (2)  lambda = 0.3 for it: 1e-4 changes nothing.
   (3)  One W for all batches, trained with theta, where Eqs. 12-13 have a W^t for each, as
@@ -118,7 +119,7 @@ LIMITS = {"rescaling": (0.5, "most of the penalty's gradient rescales rows of W,
 
 # ---- model ---------------------------------------------------------------------------------------
 def build_nets(args):
-    """Backbone and projector; projector.live_columns (H,) says which inputs its last layer uses.
+    """Backbone and projector; projector.live_columns (H,) says which columns of W are live.
 
     `train_step` writes this buffer, for those who load the head from last.pt.
     [SparseHead Section 4, Section 7.1]"""
@@ -304,11 +305,13 @@ def train_step(nets, opts, views, args, progress):
     loss_sparse   the penalty without its weight, of W before the step; prox, bilevel, --baseline:
                   L2,1 of W with unit rows, which is not in the loss
     l21 .. zero_columns   see `sparsity`, of W after the step
-    live_inputs   live_columns of W times `input_spread`: the share of the inputs that are used
-    std_z         spread over directions: 0.6 to 0.95 in our runs; 0 = collapsed
-    var_z         variance before `standardize`, above its epsilon, 1e-5; rownorm lowers it
-    rescaling     plain: the part of the penalty's gradient that the loss does not see, see
-                  `rescaling_share`
+    live_inputs   live_columns of W after the step times this batch's `input_spread`: the share of
+                  the inputs that are used
+    std_z         spread of z1 over directions: 0.6 to 0.95 in our runs; 0 = collapsed
+    var_z         variance of z1, mean over its dimensions: should stay far above the epsilon of
+                  `standardize`, 1e-5; rownorm lowers it
+    rescaling     plain: the part of the penalty's gradient that the loss does not see, of W after
+                  the step, see `rescaling_share`
     batch_columns, support_change   bilevel: share of columns live in W^t; share live in one of W
                   and W^t alone, W after it has followed: in the main those that W^t has dropped
 
@@ -385,12 +388,13 @@ def parse_args(argv=None):
     add("--hidden", type=number(int, 2), help="H, width of the hidden layer of the mlp head")
     add("--penalty", choices=("rownorm", "inputs", "prox", "plain", "bilevel"),
         default="rownorm",
-        help="rownorm: L2,1 of W with unit rows (default); inputs: the same, each column times the "
-        "spread of its input, which BatchNorm cannot evade; prox: after each step columns are "
-        "shortened, then rows set to unit norm: exact zeros; plain: the paper's, L2,1 of W; "
-        "bilevel: a W for each batch, by proximal steps")
+        help="rownorm: L2,1 of W with unit rows (default); inputs: the same, after each column "
+        "is multiplied by the spread of its input: BatchNorm cannot evade it; prox: after each "
+        "step columns are shortened, then rows set to unit norm: exact zeros; plain: the paper's, "
+        "L2,1 of W; bilevel: a W for each batch, by proximal steps")
     add("--lambda-sparse", type=number(float, 0),
-        help="lambda of Eq. 13; prox and bilevel multiply it by their learning rate; 0 = off "
+        help="lambda of Eq. 13; prox multiplies it by the step's learning rate, bilevel by "
+        "--inner-lr; 0 = off (no unit rows in prox; bilevel still takes its inner steps) "
         "(default: 0.3 rownorm, 3 prox, 1 bilevel, 1e-4 plain as in the paper)")
     add("--inner-steps", type=number(int, 0), default=5,
         help="bilevel: proximal steps from W to a batch's own; 0 = none, W stays (default: 5)")

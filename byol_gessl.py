@@ -16,6 +16,7 @@ One step, [GeSSL Algorithm 1]:
     lambda more, to the self-motivated target                       lines 11-14  Eq. 2
     L = KL(pi(target) | pi(theta_K)), the target fixed              lines 10, 15 Eq. 3
   theta <- theta - beta mean over tasks of grad L(theta_K(theta))   line 17      Eq. 4
+  xi <- decay^M xi + (1 - decay^M) theta, BYOL's moving average                  BYOL Eq. 1
 
   paper                  here                       shape, meaning
   X_tr,l^aug; M, N       x; --tasks, --batch-size   (2, N, 3, H, W): one task; n in G.5 is M
@@ -41,7 +42,7 @@ Controls:
 Result (results/gessl.md): at CPU scale GeSSL trains, does not collapse, and does not beat BYOL;
 not run at ImageNet scale.
 
-Deviations from the paper, numbered as in results/gessl.md, where the evidence stands and the rest:
+Deviations from the paper, numbered as in results/gessl.md, which has the others and the evidence:
   (1) pi is a softmax over the N anchors of BYOL's loss: a learned head does not train.
   (2) Appendix C also speaks of N binary problems: --outer-loss bernoulli.
   (3) BYOL's gradient is added to Eq. 4; --ssl-weight 0 undoes it.
@@ -134,9 +135,10 @@ def online_network(nets):
 
 
 def build_opts(nets, args):
+    """AdamW with torch's other defaults; biases and BatchNorm's parameters do not decay."""
     params = list(online_network(nets).parameters())
     matrices = [p for p in params if p.ndim > 1]
-    vectors = [p for p in params if p.ndim <= 1]            # biases and BatchNorm do not decay
+    vectors = [p for p in params if p.ndim <= 1]            # biases and BatchNorm
     groups = [{"params": matrices, "weight_decay": args.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     return {"encoder": torch.optim.AdamW(groups, args.lr, fused=True)}
@@ -203,8 +205,9 @@ def byol_step(nets, opts, views, args, progress):
 def class_logits(p, anchors, temperature):
     """Logits (2, N, N) of pi: each view classified among the other views of the N images.
 
-    p, anchors (2, N, d); image i is class i. The anchors are those of the SSL loss, so that pi
-    depends on every parameter that the loss depends on. [GeSSL Section 2]"""
+    Entry v, i, j is the cosine of p[v, i] and the anchor of image j in the other view, divided by
+    the temperature. p, anchors (2, N, d); image i is class i. The anchors are those of the SSL
+    loss, so that pi depends on every parameter that the loss depends on. [GeSSL Section 2]"""
     p = F.normalize(p, dim=-1)
     anchors = F.normalize(anchors, dim=-1).flip(0)
     return p @ anchors.mT / temperature
@@ -233,6 +236,7 @@ def bernoulli_kl(target_logits, logits):
 def outer_loss(kind, target_logits, logits):
     """Eq. 3 and its alternatives: two (..., N) -> mean over rows. [GeSSL Fig. 3, Eqs. 14-17]
 
+    Each is a sum over the N classes; mse too, where Eq. 14 has a mean.
     ce has the gradient of kl, since the target is fixed. wasserstein: images have no order, so
     between any two of the N classes the distance is 1."""
     if kind == "kl":
@@ -426,7 +430,8 @@ def gessl_task(task, theta, inner_steps, target_steps, alpha, hypergrad="fd", lo
     """One task from theta (P,): (outer gradient, SSL gradient, terms). [GeSSL Algorithm 1]
 
     task(theta) -> (loss, logits of pi (.., N)). theta is left alone. hypergrad: the mode of
-    `hypergradient`, kind: that of `outer_loss`; lookahead takes neither."""
+    `hypergradient`, kind: that of `outer_loss`; lookahead takes neither. The SSL gradient is that
+    of the first inner step, grad l(theta)."""
     # Lines 6-9: K steps. Only the first one calls task with the tensor theta itself: there
     # BatchNorm's running statistics move (`byol_task`).
     unroll = hypergrad == "exact" and not lookahead
@@ -492,6 +497,7 @@ def byol_task(online, x, z_target, theta, args):
 def train_step(nets, opts, views, args, progress):
     """One outer step, optimiser included: views (2, M N / processes, 3, H, W) -> terms to log.
 
+    A task is N images in a row. The terms are means over tasks where nothing else is said.
     loss_kl          Eq. 3, or what --outer-loss names
     loss_ssl         BYOL's loss at theta; loss_ssl_inner: after K steps of Eq. 2; loss_ssl_target:
                      after K + lambda. Each should be below the one before
@@ -500,10 +506,13 @@ def train_step(nets, opts, views, args, progress):
                      and cg, 0 for exact and first-order; a lower bound, the mean over tasks; should
                      be below 1
     negative_curvature  share of tasks where conjugate gradients stopped for it; should be 0
-    std_z            spread of z' over directions; near 1 is good, 0 = collapsed
-    cos_outer_ssl    cosine of the hypergradient and BYOL's; outer_to_ssl: ratio of their lengths
+    std_z            spread of z' over directions, first view of the last task; near 1 is good, 0 =
+                     collapsed
+    cos_outer_ssl    cosine of the outer gradient (hypergradient, or that of --lookahead) and
+                     BYOL's, each the mean over tasks; outer_to_ssl: ratio of their lengths
 
-    progress in [0, 1]: the share of the training done."""
+    --lookahead has no loss_kl, entropy_pi and curvature, --baseline loss_ssl and std_z alone.
+    progress in [0, 1): the share of the training done before this step."""
     if args.baseline:
         return byol_step(nets, opts, views, args, progress)
     online = online_network(nets)

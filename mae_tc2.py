@@ -37,7 +37,7 @@ One step, [TC2 Algorithm 1]:
   torchrun --nproc-per-node 4 mae_tc2.py --data /imagenet100   whole tasks: 8 need --tasks 8
 
 Controls:
-  --baseline --masks 4     MAE at equal masks (drawn shapes: 2); of TC2's the query half moves theta
+  --baseline --masks 4     MAE at equal masks (drawn shapes: 2); in TC2 the query half moves theta
   --baseline --epochs N    MAE at equal compute: N = 7.3 times TC2's (drawn shapes: 3.7)
   --inner-lr 0             no inner loop: the support masks train f_v and f_w alone
   --without calibration    plain first-order MAML; f_v, f_w train beside it, for the log

@@ -181,8 +181,8 @@ BOTH_HEAD = ["linear", *ACCURACY_HEAD]
 
 # By number of seeds: 97.5 % quantile of Student's t, and the true difference, in standard errors,
 # that a paired test at 5 % finds four times in five.
-T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-FOUND = {3: 5.66, 4: 4.26, 5: 3.76}
+T = {2: 12.706, 3: 4.3027, 4: 3.1824, 5: 2.7764}
+FOUND = {3: 5.653, 4: 4.256, 5: 3.761}
 
 
 # ---- reading -------------------------------------------------------------------------------------
