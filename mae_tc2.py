@@ -11,7 +11,7 @@ token, between encoder and decoder, as a combination of factors that all tasks s
 
 One step, [TC2 Algorithm 1]:
   split the batch into K tasks of n images, draw m masks of each image         lines 2-3
-  Z = tokens of class and visible patches, between encoder and decoder
+  Z = tokens of class and visible patches, after the decoder's first layer, `embed`
   S = mean and covariance of Z
   f_v, f_w <- a step on the support masks, then one on the query masks         line 4   Eqs. 4, 5
   theta_k  <- theta - beta_1 grad L_support(theta)           for each task     line 5   Eq. 6
@@ -19,7 +19,7 @@ One step, [TC2 Algorithm 1]:
 
   paper             here                       shape, meaning
   X_tr, x^2; K      tasks; --tasks             (K, n, 3, H, W): this process's images, whole
-  x^1; m            orders; --masks            (K, m, n, L) order of the L patches, T are visible
+  x^1; m            orders; --masks            (K, m, n, L) orders of L patches, the first T seen
   support, query    [:half], [half:]           the first m // 2 masks, and the others
   f_theta           autoencoder                encoder and decoder
   z_j               Z                          (K, m, n, 1 + T, d) tokens, mean 0, norm sqrt(d);
@@ -38,21 +38,21 @@ One step, [TC2 Algorithm 1]:
 
 Controls:
   --baseline --masks 4     MAE at equal masks (drawn shapes: 2); in TC2 the query half moves theta
-  --baseline --epochs N    MAE at equal compute: N = 7.3 times TC2's (drawn shapes: 3.7)
+  --baseline --epochs N    MAE at equal compute: N = 6 times TC2's (drawn shapes: 3.4), by FLOPs
   --inner-lr 0             no inner loop: the support masks train f_v and f_w alone
   --without calibration    plain first-order MAML; f_v, f_w train beside it, for the log
 
 Result (results/mae.md): at CPU scale TC2 trains, and does not beat MAE at equal images or at equal
 compute; not run at ImageNet scale.
 
-Deviations from the papers, numbered as in results/mae.md, which has the evidence, and more rows of
-results/tc2.md that hold here too. As in simclr_tc2.py:
+Deviations from the papers. As in simclr_tc2.py, with the numbers and the evidence of results/tc2.md
+(results/mae.md says which more of its rows hold here):
   (1)  V is orthonormal by QR.
   (2)  f_w has a skip path z V.
   (5)  Eq. 7 is first order by default.
   (6)  Eqs. 1-2 are means over samples, Eq. 7 over tasks.
   (7)  n_f = d / 2.
-Here alone:
+Here alone, with the numbers of results/mae.md, not those of tc2.md:
   (8)  Tokens are calibrated one by one, not the image's vector: the decoder has to see z_hat.
   (9)  Tokens are standardised before calibration and scaled back after it.
   (10) L_sse is MAE's mean, the sum divided by the number of pixels.
@@ -97,8 +97,8 @@ IMAGENET = {**WEAK, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 AUGMENTATION = {"shapes": WEAK, "small": WEAK, "imagenet": IMAGENET}
 
 # imagenet: MAE Appendix A, lr = 1.5e-4 per 256 images, at 1,024 images and 400 epochs, where MAE
-# has 4,096 and 800. The others are ours; small is untried at this length. masks and tasks: TC2 has
-# 4 tasks, m is ours; the baseline has one of each. Only shapes has been run as it stands.
+# has 4,096 and 800 to 1,600. The others are ours; small is untried at this length. masks and tasks:
+# TC2 has 4 tasks, m is ours; the baseline has one of each. Only shapes has been run as it stands.
 RECIPES = {
     "shapes": {"arch": "vit_micro", "epochs": 6, "batch_size": 16, "lr": 2e-3,
                "weight_decay": 0.05, "warmup_epochs": 0.5, "eval_every": 2, "patch_size": 4,
@@ -113,8 +113,8 @@ RECIPES = {
 
 # A term above its limit warns once, on the screen and in the log.
 LIMITS = {"inner_step": (0.003, "the inner step is long beside the weights; if it stays so (in the "
-                                "first steps it is ten times longer), that costs a point: lower "
-                                "--inner-lr")}
+                                "first steps it is ten times longer), that may cost accuracy: "
+                                "lower --inner-lr")}
 
 
 # ---- patches and masks ---------------------------------------------------------------------------
@@ -322,8 +322,8 @@ def build_nets(args):
 
 
 def build_opts(nets, args):
-    """AdamW, beta_2 = 0.95, no weight decay on biases, norms and tokens [MAE Appendix A]; Adam for
-    f_v and f_w."""
+    """AdamW, beta_2 = 0.95 [MAE Appendix A], for encoder and decoder, without weight decay on
+    biases, norms and tokens; Adam for f_v and f_w."""
     params = [*nets["backbone"].parameters(), *nets["decoder"].parameters()]
     matrices = [p for p in params if p.ndim == 2]
     others = [p for p in params if p.ndim != 2]
@@ -338,7 +338,7 @@ def build_opts(nets, args):
 
 # ---- MAE -----------------------------------------------------------------------------------------
 def normalize_patches(patches):
-    """Each patch (..., 3 p p) with zero mean and unit variance. [MAE Section 4.1]"""
+    """Each patch (..., 3 p p) with zero mean and unit variance. [MAE Section 3]"""
     std = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     return (patches - patches.mean(-1, keepdim=True)) / std
 
@@ -401,10 +401,11 @@ class FactorNet(nn.Module):
 
     Each column of S, a dimension's mean and covariances, gives a row of V; then QR, with signs such
     that the diagonal of R is positive, makes the columns orthonormal. A network of the flattened S
-    would have 134M parameters at d = n_f = 512, this one has 0.3M."""
+    would have 134M parameters at d = n_f = 512, this one has 2.1M."""
     def __init__(self, dim, n_factors, orthogonal=True, hidden=256):
         super().__init__()
-        self.mlp = mlp(dim + 1, hidden, n_factors)
+        # With fewer hidden units than columns V would lack full rank, and its QR a usable gradient.
+        self.mlp = mlp(dim + 1, max(hidden, 2 * n_factors), n_factors)
         # More columns than rows cannot be orthonormal.
         self.orthogonal = orthogonal and n_factors <= dim
 
@@ -420,8 +421,8 @@ class WeightNet(nn.Module):
     """f_w: z (..., d), V (d, n_f) -> W (..., n_f) = z V + MLP(z). [TC2 question ii]
 
     V is given: no gradient reaches f_v through the skip path. With QR a loss of cosines, such as
-    SimCLR's, gives f_v none at all: L_v alone trains it. The MLP starts at zero, so that
-    calibration starts as the projection on V."""
+    SimCLR's, gives f_v none at all: L_v alone trains it. MAE's decoder sees z_hat itself, so that
+    its loss reaches f_v. The MLP starts at zero: calibration starts as the projection on V."""
     def __init__(self, dim, n_factors, skip=True, hidden=128):
         super().__init__()
         self.mlp = mlp(dim, hidden, n_factors)
@@ -567,9 +568,10 @@ def train_step(nets, opts, views, args, progress):
     loss_query     L_sse of Eq. 7, the error of the query masks at theta_k
     loss_support   error of the support masks before the inner step
     loss_ssl       of the baseline: the error of its masks
-    inner_step     length of the last task's inner step over that of the weights; one of 0.004 cost
-                   a point
-    loss_v, loss_w Eqs. 1 and 2; loss_factors_*: the first terms of Eqs. 4 and 5
+    inner_step     length of the last task's inner step over that of the weights; one of 0.004 ended
+                   1.1 +- 1.1 points lower, one of 0.1 harms
+    loss_v, loss_w Eqs. 1 and 2 in Eq. 5, loss_w of the query masks alone; loss_factors_*: the first
+                   terms of Eqs. 4 and 5
 
     progress, the share of the training done, chooses the masks. [TC2 Algorithm 1]"""
     x = views[0]
@@ -591,7 +593,7 @@ def train_step(nets, opts, views, args, progress):
     S = batch_summary(Z)
 
     # Line 4, Eqs. 4 and 5: f_theta is fixed, z_hat goes through its decoder. For task k
-    # support_error gets (m / 2, n, 1 + T, d), query_error all m masks, of which it takes its half.
+    # support_error gets (m // 2, n, 1 + T, d), query_error all m masks, of which it takes its half.
     def support_error(z_hat, k):
         t = mean[k, :half] + std[k, :half] * z_hat
         predicted = autoencoder.decode(t, orders[k, :half])
@@ -605,7 +607,7 @@ def train_step(nets, opts, views, args, progress):
     lambda_v = 0 if "lv" in args.without else 1
     factor_terms = update_factors(nets, opts["factors"], Z, S, support_error, query_error, lambda_v,
                                   args.lambda_s)
-    # What stands between encoder and decoder from here on; f_v has moved, so V is taken anew.
+    # From here on tokens are calibrated with these V and f_w; f_v has moved, so V is taken anew.
     V = nets["factor_net"](S).detach()
 
     def calibrated(t):
@@ -766,8 +768,8 @@ def parse_args(argv=None):
     add("--second-order", action="store_true",
         help="differentiate Eq. 7 through Eq. 6 (default: first order)")
     add("--factors", type=number(int, 1),
-        help="n_f, columns of V (default: d / 2; d, here the decoder's width and the paper's best, "
-        "makes Eq. 1 zero by construction; above d there is no QR)")
+        help="n_f, columns of V (default: d / 2, d the decoder's width; n_f = d, the paper's best, "
+        "makes Eq. 1 zero with QR; above d there is no QR)")
     add("--lambda-s", type=number(float, 0), default=0.1,
         help="lambda_s of Eq. 3; 0 = no L_w (default: 0.1; paper: 0.001 to 1)")
     add("--without", nargs="+", default=[], choices=("qr", "skip", "lv", "calibration"),

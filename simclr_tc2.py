@@ -197,10 +197,11 @@ class FactorNet(nn.Module):
 
     Each column of S, a dimension's mean and covariances, gives a row of V; then QR, with signs such
     that the diagonal of R is positive, makes the columns orthonormal. A network of the flattened S
-    would have 134M parameters at d = n_f = 512, this one has 0.3M."""
+    would have 134M parameters at d = n_f = 512, this one has 2.1M."""
     def __init__(self, dim, n_factors, orthogonal=True, hidden=256):
         super().__init__()
-        self.mlp = mlp(dim + 1, hidden, n_factors)
+        # With fewer hidden units than columns V would lack full rank, and its QR a usable gradient.
+        self.mlp = mlp(dim + 1, max(hidden, 2 * n_factors), n_factors)
         # More columns than rows cannot be orthonormal.
         self.orthogonal = orthogonal and n_factors <= dim
 
@@ -216,8 +217,8 @@ class WeightNet(nn.Module):
     """f_w: z (..., d), V (d, n_f) -> W (..., n_f) = z V + MLP(z). [TC2 question ii]
 
     V is given: no gradient reaches f_v through the skip path. With QR a loss of cosines, such as
-    SimCLR's, gives f_v none at all: L_v alone trains it. The MLP starts at zero, so that
-    calibration starts as the projection on V."""
+    SimCLR's, gives f_v none at all: L_v alone trains it. MAE's decoder sees z_hat itself, so that
+    its loss reaches f_v. The MLP starts at zero: calibration starts as the projection on V."""
     def __init__(self, dim, n_factors, skip=True, hidden=128):
         super().__init__()
         self.mlp = mlp(dim, hidden, n_factors)

@@ -19,6 +19,7 @@ from argparse import Namespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
 
 import common
@@ -40,6 +41,26 @@ T = 3                       # visible patches
 D = 32                      # width of the encoder
 HEADS = 2
 PIXELS = 3 * P * P
+
+
+def flops_of_a_step(*flags):
+    """Counted, of all products of matrices."""
+    args = mae_tc2.parse_args(["--data", "fake", "--batch-size", "64", *flags])
+    mae_tc2.fill_defaults(args, common.load_data("fake"), CPU)
+    torch.manual_seed(0)
+    nets = build_nets(args)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        train_step(nets, build_opts(nets, args), torch.zeros(1, 64, 3, 32, 32), args, 0.5)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("arch, masks, told", [("vit_micro", 2, 3.4), ("vit_tiny", 4, 5.9)])
+def test_a_step_of_tc2_costs_as_many_of_mae_as_the_text_says(arch, masks, told):
+    one = flops_of_a_step("--arch", arch, "--baseline")
+    tc2 = flops_of_a_step("--arch", arch, "--masks", str(masks), "--tasks", str(masks))
+    assert abs(tc2 / one - told) < 0.06
+    assert "N = 6 times TC2's (drawn shapes: 3.4), by FLOPs" in mae_tc2.__doc__
 
 
 def generator(seed=0):

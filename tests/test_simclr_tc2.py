@@ -279,6 +279,22 @@ def test_factor_net_is_the_q_of_its_mlp_with_a_positive_diagonal(d, n_f):
     assert torch.equal(V, net(S))
 
 
+@pytest.mark.parametrize("n_f", [256, 512])
+def test_the_gradient_through_the_qr_is_that_of_float64_at_large_sizes(n_f):
+    """With fewer hidden units than columns the QR would be given a V without full rank."""
+    S = batch_summary(randn(600, 512))
+    torch.manual_seed(0)
+    net = FactorNet(512, n_f)
+    target = randn(512, n_f, seed=3)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        net = net.to(dtype)
+        loss = (net(S.to(dtype)) * target.to(dtype)).sum()
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        found.append(torch.cat([g.flatten().double() for g in grads]))
+    assert torch.linalg.vector_norm(found[0] - found[1]) < 0.01 * found[1].norm()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_factor_net_is_continuous_in_the_summary(seed):
     """A sign left to the QR routine makes a column of V jump by 2 on these paths."""
