@@ -69,6 +69,7 @@ declare -A rows=(
   [mae_2masks]="$mae --baseline --masks 2 $(epochs 4)"
   [mae_equal_passes]="$mae --baseline $(epochs 15)"
   [mae_tc2]="$mae --masks 2 --tasks 2 $(epochs 4)"
+  [mae_tc2_inner0]="$mae --masks 2 --tasks 2 --inner-lr 0 $(epochs 4)"
   [byol_large_batch_4epochs]="$large $(epochs 4)"
   [byol_tc2]="$byol_tc2 $(epochs 4)"
   [barlow_tc2]="${barlow/barlow_sparsehead.py/results/combinations.py barlow tc2} $(epochs 4)"
