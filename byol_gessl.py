@@ -62,7 +62,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from common import (Log, average_gradients, base_parser, batch_stats_only, check_shared_flags,
+from common import (SMALL, Log, average_gradients, base_parser, batch_stats_only, check_shared_flags,
                     draw_views, effective_rank, embedding_std, fail, fill_from_recipe,
                     graceful_stop, load_data, lr_scale, make_backbone, monitor, number, open_run,
                     parse, run, save_run, set_lr, setup_processes, training_batches, world_size)
@@ -598,7 +598,7 @@ def diagnose(nets, views, args):
                       one step of Eq. 2 on the model's own loss, the mean over tasks
     rank_z, rank_p    effective rank of projection and prediction; should not fall to a few
     std_p             spread of the prediction over directions; near 1, 0 = collapsed
-    alpha_lambda_max  alpha times the largest curvature of a task's loss; below 1"""
+    alpha_lambda_max  alpha times the largest curvature of a task's loss; below 1; up to 96 px"""
     online = online_network(nets)
     theta = flatten(online)
     M = 1 if args.baseline else args.tasks // world_size()
@@ -617,8 +617,8 @@ def diagnose(nets, views, args):
         adapted = [adaptation(task, theta, args.inner_lr) for task in functions]
         before, after = torch.stack(adapted).mean(0)
         found |= {"adapted_before": before, "adapted_after": after}
-        # A compiled network has no second derivative.
-        if not args.baseline and not args.compile:
+        # A compiled network has no second derivative, and that of large convolutions is slow.
+        if not args.baseline and not args.compile and args.image_size <= SMALL:
             found["alpha_lambda_max"] = args.inner_lr * curvature_probe(functions[0], theta)
     return found
 

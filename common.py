@@ -879,14 +879,21 @@ def batch_stats_only(module):
 
     Inner loops need that: their passes are not passes of the network that is trained."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracking = [m for m in norms if m.track_running_stats]
+    synced = [m for m in norms if isinstance(m, nn.SyncBatchNorm)]
+    tracking = [m for m in norms if m.track_running_stats and m not in synced]
+    # In bfloat16 torch's SyncBatchNorm fails without its buffers: copies stand in for them.
+    buffers = [(m, name, b) for m in synced for name, b in m.named_buffers()]
     try:
         for m in tracking:
             m.track_running_stats = False
+        for m, name, b in buffers:
+            setattr(m, name, b.clone())
         yield
     finally:
         for m in tracking:
             m.track_running_stats = True
+        for m, name, b in buffers:
+            setattr(m, name, b)
 
 
 # ---- k-NN monitor --------------------------------------------------------------------------------

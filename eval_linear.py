@@ -47,7 +47,8 @@ from torchvision.transforms.v2 import functional as TF
 from common import (BUILT_IN, SMALL, Data, Parser, choose_device, decode, default_workers,
                     draw_grid, effective_rank, extract_features, fail, find_splits, fit,
                     list_classes, load_data, load_torch, lr_scale, make_backbone, nearest, number,
-                    pick, printable, read_log, rng, run, save, set_lr, training_batches, vote)
+                    pick, printable, read_log, rng, run, save, set_lr, to_device, training_batches,
+                    vote)
 
 GREEN = (0.1, 0.75, 0.1)                    # frames of neighbours.png: same class, another, none
 RED = (0.9, 0.1, 0.1)
@@ -407,7 +408,7 @@ def tune(job, images, labels, fraction):
     seen = 0
     for step, (views, index) in enumerate(batches):
         set_lr({"net": opt}, lr_scale(step, total, warmup * total))
-        y = labels[index].to(job.device)
+        y = to_device(labels[index], job.device)
         with torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
             logits = net(views[0]).float()
         loss = F.cross_entropy(logits, y)

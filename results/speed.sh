@@ -18,7 +18,9 @@ else
 fi
 
 # The tests of a GPU, and the benchmarks: a step over its own passes, hypergradients, memory.
-CUDA_VISIBLE_DEVICES=0 python -m pytest -q tests/test_device.py || echo "the tests have failed"
+# The tests hide every GPU that is not named.
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
+python -m pytest -q tests/test_device.py || echo "the tests have failed"
 python tests/bench.py
 
 # SimCLR with 2 views: small images on the device, large ones decoded in the loop.
@@ -59,7 +61,8 @@ done
 for script in $scripts; do
   for steps in 20 40; do
     rm -rf "$out/sync-$script-$steps"
-    python -W always - $script $steps "$out/sync-$script-$steps" > "$out/sync.txt" 2>&1 <<'PY'
+    python -W always - $script $steps "$out/sync-$script-$steps" > "$out/sync.txt" 2>&1 \
+      <<'PY' || { tail "$out/sync.txt"; exit 1; }
 import sys, torch
 name, steps, out = sys.argv[1:]
 if torch.cuda.is_available():

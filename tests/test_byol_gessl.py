@@ -1238,6 +1238,11 @@ def test_diagnose_measures_the_first_task_and_changes_nothing():
     right = args.inner_lr * curvature_probe(task, theta)
     close(found["alpha_lambda_max"], right, rtol=1e-6, atol=0)
 
+    # Left out where it would take minutes, and where there is no second derivative.
+    for change in ({"image_size": 224}, {"compile": True}):
+        without = byol_gessl.diagnose(nets, TWO, step_args(**change))
+        assert found.keys() - without.keys() == {"alpha_lambda_max"}
+
 
 # ---- another base method -------------------------------------------------------------------------
 def small_encoder():

@@ -961,15 +961,20 @@ def assert_same_state(a, b):
         assert torch.equal(value, b[name]), name
 
 
+@pytest.mark.parametrize("sync", [False, True])
 @pytest.mark.parametrize("breaks", [False, True])
-def test_batch_stats_only_uses_the_batch_leaves_buffers_alone_and_is_undone(breaks):
+def test_batch_stats_only_uses_the_batch_leaves_buffers_alone_and_is_undone(breaks, sync):
     net = conv_net()
     twin = conv_net()
+    if sync:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     x = 3 + 2 * normal(8, 3, 6, 6, seed=5)
     expected = twin(x)
     try:
         with common.batch_stats_only(net):
             out = net(x)
+            # In bfloat16 torch's SyncBatchNorm reads its buffers on a GPU.
+            assert net[1].track_running_stats == net[4].track_running_stats == sync
             if breaks:
                 raise KeyError
     except KeyError:
