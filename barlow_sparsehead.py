@@ -231,12 +231,15 @@ def input_spread(u):
     return (all_reduce_sum((u - mean).square().sum(0)) / N).sqrt()
 
 
-def sparse_penalty(W, penalty):
-    """L2,1 of W (plain), or of W with unit rows (the others, where it may be only logged).
+def sparse_penalty(W, kind, spread=None):
+    """||W'||_{2,1} of W (m, H), by --penalty: W' is W (plain), or W with unit rows (all others).
 
-    [SparseHead Eqs. 12-13]"""
-    if penalty == "plain":
+    inputs: each column is first multiplied by the spread (H,) of its input. prox, bilevel and
+    --baseline only log the result. [SparseHead Eqs. 12-13]"""
+    if kind == "plain":
         return l21_norm(W)
+    if kind == "inputs":
+        W = W * spread
     return l21_norm(row_normalize(W))
 
 
@@ -331,11 +334,10 @@ def train_step(nets, opts, views, args, progress):
     invariance, redundancy = barlow_terms(z1, z2, args.lambda_offdiag)
     loss_ssl = invariance + redundancy
     spread = input_spread(u)                    # an input counts by its column times this
-    penalised = W * spread if args.penalty == "inputs" else W
-    penalty = sparse_penalty(penalised, args.penalty)
+    loss_sparse = sparse_penalty(W, args.penalty, spread)
     loss = loss_ssl
     if args.penalty in ("plain", "rownorm", "inputs"):
-        loss = loss + args.lambda_sparse * penalty
+        loss = loss + args.lambda_sparse * loss_sparse
 
     opt.zero_grad()
     loss.backward()
@@ -343,9 +345,7 @@ def train_step(nets, opts, views, args, progress):
     opt.step()
 
     with torch.no_grad():
-        terms = {"loss_ssl": loss_ssl, "loss_invariance": invariance,
-                 "loss_redundancy": redundancy, "loss_sparse": penalty,
-                 "std_z": embedding_std(z1), "var_z": z1.var(0).mean()}
+        # What prox and bilevel do to W after the step.
         if args.penalty == "prox" and args.lambda_sparse:
             # The threshold falls with the learning rate, as a gradient step would. The last group
             # holds W alone.
@@ -353,13 +353,19 @@ def train_step(nets, opts, views, args, progress):
             W.copy_(row_normalize(prox_l21(W, threshold)))
         if args.penalty == "bilevel":
             W.lerp_(W_t, RHO)
+        nets["projector"].live_columns.copy_(live_columns(W))
+
+        # For the log: from here on nothing moves.
+        terms = {"loss_ssl": loss_ssl, "loss_invariance": invariance,
+                 "loss_redundancy": redundancy, "loss_sparse": loss_sparse,
+                 "std_z": embedding_std(z1), "var_z": z1.var(0).mean()}
+        if args.penalty == "bilevel":
             terms["batch_columns"] = live_columns(W_t).to(W.dtype).mean()
             terms["support_change"] = (live_columns(W_t) != live_columns(W)).to(W.dtype).mean()
         if args.penalty == "plain" and args.lambda_sparse:
             terms["rescaling"] = rescaling_share(W)
         terms |= sparsity(W)
         terms["live_inputs"] = live_columns(W * spread).to(W.dtype).mean()
-        nets["projector"].live_columns.copy_(live_columns(W))
     return {name: value.detach() for name, value in terms.items()}
 
 

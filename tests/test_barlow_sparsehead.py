@@ -225,12 +225,13 @@ def test_gradient_is_zero_and_finite_at_a_zero_column_and_a_zero_row(penalty, ze
     if zero_row:
         W[2] = 0
     W.requires_grad_()
-    found, = grad(sparse_penalty(W, penalty), W)
+    spread = torch.ones(5).double()
+    found, = grad(sparse_penalty(W, penalty, spread), W)
     assert found.isfinite().all()
     assert not found[:, 1].any()
     assert found[:2, 0].all()
     dead = torch.zeros(3, 5, requires_grad=True)
-    assert not grad(sparse_penalty(dead, penalty), dead)[0].any()
+    assert not grad(sparse_penalty(dead, penalty, spread), dead)[0].any()
 
 
 def test_row_normalize_gives_unit_rows_and_keeps_zero_rows():
@@ -711,7 +712,7 @@ def test_batchnorm_can_fake_short_columns_but_not_unused_inputs():
         W = weight(nets).detach()
         spread = input_spread(u)
         assert_close(spread, slow_inputs(nets, views).std(0, correction=0))
-        found[c] = {"z": z, "inputs": sparse_penalty(W * spread, "inputs"),
+        found[c] = {"z": z, "inputs": sparse_penalty(W, "inputs", spread),
                     "used": live_columns(W * spread), "rownorm": sparse_penalty(W, "rownorm"),
                     "live": live_columns(W).sum()}
         args.lr = 0
