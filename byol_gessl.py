@@ -520,13 +520,13 @@ def train_step(nets, opts, views, args, progress):
     M = args.tasks // world_size()                              # of this process
 
     # Lines 1-4.
-    tasks = views.unflatten(1, (M, -1)).transpose(0, 1)         # (M, 2, N, 3, H, W)
+    mini_batches = views.unflatten(1, (M, -1)).transpose(0, 1)  # (M, 2, N, 3, H, W)
 
     # Lines 5-16, task after task, each from theta.
     outer_gradient = torch.zeros_like(theta)
     ssl_gradient = torch.zeros_like(theta)
     terms_of_tasks = []
-    for x in tasks:
+    for x in mini_batches:
         with torch.no_grad():
             z_target = embed(nets["target"], x, args)           # (2, N, d)
         task = byol_task(online, x, z_target, theta, args)
@@ -602,24 +602,24 @@ def diagnose(nets, views, args):
     online = online_network(nets)
     theta = flatten(online)
     M = 1 if args.baseline else args.tasks // world_size()
-    tasks = views.unflatten(1, (M, -1)).transpose(0, 1)         # (M, 2, N, 3, H, W)
-    functions = []
+    mini_batches = views.unflatten(1, (M, -1)).transpose(0, 1)  # (M, 2, N, 3, H, W)
+    tasks = []
     with batch_stats_only(nets):
         with torch.no_grad():
-            z = embed(online[:2], tasks[0], args)               # (2, N, d)
-            p = embed(online, tasks[0], args)
-            for x in tasks:
+            z = embed(online[:2], mini_batches[0], args)        # (2, N, d)
+            p = embed(online, mini_batches[0], args)
+            for x in mini_batches:
                 z_target = embed(nets["target"], x, args)
-                functions.append(byol_task(online, x, z_target, theta, args))
+                tasks.append(byol_task(online, x, z_target, theta, args))
 
         found = {"rank_z": effective_rank(z.flatten(0, 1)),
                  "rank_p": effective_rank(p.flatten(0, 1)), "std_p": embedding_std(p[0])}
-        adapted = [adaptation(task, theta, args.inner_lr) for task in functions]
+        adapted = [adaptation(task, theta, args.inner_lr) for task in tasks]
         before, after = torch.stack(adapted).mean(0)
         found |= {"adapted_before": before, "adapted_after": after}
         # A compiled network has no second derivative, and that of large convolutions is slow.
         if not args.baseline and not args.compile and args.image_size <= SMALL:
-            found["alpha_lambda_max"] = args.inner_lr * curvature_probe(functions[0], theta)
+            found["alpha_lambda_max"] = args.inner_lr * curvature_probe(tasks[0], theta)
     return found
 
 
