@@ -287,8 +287,8 @@ def set_gradient(net, gradient):
 # A task is a function: task(theta) -> (loss, logits of pi), for theta (P,). Nothing from here to
 # `gessl_task` knows BYOL.
 
-def norm(v):
-    """||v||, and never 0: it stands below a fraction."""
+def nonzero_norm(v):
+    """||v||, at least 1e-30: for denominators."""
     return v.norm().clamp(min=1e-30)
 
 
@@ -316,7 +316,7 @@ def difference_hvp(task, theta, gradient, v, length=FD_LENGTH):
     Backward: its error is -(e / 2) grad(v H v). Eq. 4 holds -alpha H v, so that its step descends
     (alpha e / 2) v H v too, the curvature along v. With a forward difference it climbs.
     [GeSSL Eq. 21]"""
-    e = length / norm(v)
+    e = length / nonzero_norm(v)
     behind = (theta - e * v).detach().requires_grad_()
     _, gradient_behind = loss_and_gradient(task, behind)
     return (gradient - gradient_behind) / e
@@ -343,7 +343,7 @@ def neumann(hvp, v, terms=SOLVER_TERMS):
         before = term
         term = -hvp(term)
         total = total + term
-        growth = torch.maximum(growth, term.norm() / norm(before))
+        growth = torch.maximum(growth, term.norm() / nonzero_norm(before))
     return total, growth
 
 
@@ -362,7 +362,7 @@ def conjugate_gradient(hvp, v, iterations=SOLVER_TERMS):
     for i in range(iterations):
         Ap = hvp(p)
         q = p + Ap                                          # (I + A) p
-        growth = torch.maximum(growth, going * Ap.norm() / norm(p))
+        growth = torch.maximum(growth, going * Ap.norm() / nonzero_norm(p))
 
         # At r = 0 it has converged: p = 0 too, which is no negative curvature.
         rr = torch.dot(r, r)
@@ -410,7 +410,7 @@ def hypergradient(mode, outer, task, trajectory, gradients, alpha, terms=SOLVER_
         curvature = zero
         for k in reversed(range(K)):
             Hv = difference_hvp(task, trajectory[k], gradients[k], v, length)
-            curvature = torch.maximum(curvature, alpha * Hv.norm() / norm(v))
+            curvature = torch.maximum(curvature, alpha * Hv.norm() / nonzero_norm(v))
             v = v - alpha * Hv                                      # (I - alpha H(theta_k)) v
         return v, curvature, zero
 
@@ -557,7 +557,7 @@ def train_step(nets, opts, views, args, progress):
     ssl_norm = ssl_gradient.norm()
     product = (outer_norm * ssl_norm).clamp(min=1e-30)
     terms["cos_outer_ssl"] = torch.dot(outer_gradient, ssl_gradient) / product
-    terms["outer_to_ssl"] = outer_norm / norm(ssl_gradient)
+    terms["outer_to_ssl"] = outer_norm / nonzero_norm(ssl_gradient)
     return terms
 
 
@@ -569,7 +569,7 @@ def curvature_probe(task, theta, iterations=10):
     hvp = exact_hvp(task, theta)
     v = torch.ones_like(theta)
     for _ in range(iterations):
-        v = hvp(v / norm(v))
+        v = hvp(v / nonzero_norm(v))
     return v.norm()
 
 
