@@ -350,7 +350,7 @@ def prototypes(z):
     return F.normalize(F.normalize(z, dim=-1).mean(0), dim=-1)
 
 
-def query_sse(query, anchors, temperature):
+def brier_loss(query, anchors, temperature):
     """L_sse: query (v, n, d) classified among anchors (n, d), squared error of the softmax.
 
     [TC2 Eqs. 5 and 7]"""
@@ -371,14 +371,14 @@ def view_sse(query):
 def query_loss(z, args):
     """The loss of Eqs. 5 and 7 of one task's views z (m, n, d): support first, then query.
 
-    The paper does not say whose errors are squared: brier, the default, is `query_sse`, sse is
-    `view_sse`; nce is InfoNCE of the query views. The anchors carry a gradient."""
+    The paper does not say whose errors are squared: those of the n-way classification (brier, the
+    default, whose anchors carry a gradient), or those between an image's views (sse)."""
     support, query = z[:len(z) // 2], z[len(z) // 2:]
+    if args.query_loss == "brier":
+        return brier_loss(query, prototypes(support), args.temperature)
     if args.query_loss == "sse":
         return view_sse(query)
-    if args.query_loss == "nce":
-        return info_nce(query, args.temperature)
-    return query_sse(query, prototypes(support), args.temperature)
+    return info_nce(query, args.temperature)
 
 
 # ---- one step ------------------------------------------------------------------------------------

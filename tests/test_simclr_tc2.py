@@ -26,9 +26,9 @@ from torch.testing import assert_close
 
 import simclr_tc2
 from common import Data, batch_stats_only
-from simclr_tc2 import (FactorNet, WeightNet, add_gradient, batch_summary, calibrate, diagnose,
-                        embed, factor_loss, gradient_conflict, info_nce, inner_step,
-                        instance_accuracy, mean_over_tasks, prototypes, query_loss, query_sse,
+from simclr_tc2 import (FactorNet, WeightNet, add_gradient, batch_summary, brier_loss, calibrate,
+                        diagnose, embed, factor_loss, gradient_conflict, info_nce, inner_step,
+                        instance_accuracy, mean_over_tasks, prototypes, query_loss,
                         relative_change, train_step, update_factors, view_sse, weight_loss)
 
 T = 0.5                                             # temperature
@@ -169,7 +169,7 @@ def test_info_nce_of_two_views_is_the_published_nt_xent():
 def test_collapse_is_chance_for_info_nce_and_brier_and_perfect_for_the_literal_error(m, n):
     z = randn(5).expand(m, n, 5)
     assert_close(info_nce(z, 0.1).item(), math.log(m * n - 1))
-    assert_close(query_sse(z, prototypes(z), 0.1).item(), 1 - 1 / n)
+    assert_close(brier_loss(z, prototypes(z), 0.1).item(), 1 - 1 / n)
     assert view_sse(z) == 0
 
 
@@ -197,31 +197,31 @@ def test_info_nce_is_finite_and_right_at_temperature_001_in_float32(sign):
 
 # ---- the query error -----------------------------------------------------------------------------
 @pytest.mark.parametrize("v", [1, 3])
-def test_query_sse_equals_a_double_loop_and_trains_queries_and_anchors(v):
+def test_brier_loss_equals_a_double_loop_and_trains_queries_and_anchors(v):
     query = randn(v, 4, 5, train=True)
     anchors = randn(4, 5, seed=1, train=True)
-    fast = query_sse(query, anchors, T)
+    fast = brier_loss(query, anchors, T)
     slow = slow_brier(query, anchors, T)
     assert_close(fast, slow)
     assert_close(grad(fast, (query, anchors)), grad(slow, (query, anchors)))
 
 
-def test_query_sse_has_two_over_n_of_the_gradient_of_cross_entropy_at_uniform_p():
+def test_brier_loss_has_two_over_n_of_the_gradient_of_cross_entropy_at_uniform_p():
     n = 8
     query = randn(2, n, 5)
     anchors = randn(5).repeat(n, 1).requires_grad_()
     logits = F.normalize(query, dim=-1) @ F.normalize(anchors, dim=-1).T / T
     entropy = F.cross_entropy(logits.flatten(0, 1), torch.arange(n).repeat(2))
     expected = 2 / n * grad(entropy, anchors)[0]
-    assert_close(grad(query_sse(query, anchors, T), anchors)[0], expected)
+    assert_close(grad(brier_loss(query, anchors, T), anchors)[0], expected)
 
 
 @pytest.mark.parametrize("n, t", [(4, 0.2), (8, 1.0)])
-def test_query_sse_of_perfect_positives_and_orthogonal_negatives(n, t):
+def test_brier_loss_of_perfect_positives_and_orthogonal_negatives(n, t):
     anchors = orthonormal(n, n)
     p = math.exp(1 / t) / (math.exp(1 / t) + n - 1)
     expected = (1 - p) ** 2 + (n - 1) * ((1 - p) / (n - 1)) ** 2
-    assert_close(query_sse(3 * anchors.expand(2, n, n), anchors, t).item(), expected)
+    assert_close(brier_loss(3 * anchors.expand(2, n, n), anchors, t).item(), expected)
 
 
 def test_view_sse_is_the_unnormalised_mean_over_images_and_pairs_of_views():
@@ -368,7 +368,7 @@ def test_with_qr_the_losses_of_simclr_train_f_w_and_not_f_v(orthogonal):
     def length(loss, net):
         return flat(grad(loss, list(net.parameters()), retain_graph=True)).norm()
 
-    brier = query_sse(z_hat[2:], prototypes(z_hat[:2]), 0.5)
+    brier = brier_loss(z_hat[2:], prototypes(z_hat[:2]), 0.5)
     for loss in (info_nce(z_hat, 0.5), brier):
         assert length(loss, f_w) > 1e-4
         assert (length(loss, f_v) < 1e-12) == orthogonal
@@ -472,7 +472,7 @@ def test_losses_in_factor_space_equal_losses_of_the_calibrated_embedding():
     V = orthonormal(9, 5, seed=1)
     z_hat = W @ V.T
     assert_close(info_nce(z_hat, T), info_nce(W, T))
-    assert_close(query_sse(z_hat[1:], z_hat[0], T), query_sse(W[1:], W[0], T))
+    assert_close(brier_loss(z_hat[1:], z_hat[0], T), brier_loss(W[1:], W[0], T))
 
 
 # ---- stage 1: Eqs. 3 to 5 ------------------------------------------------------------------------
