@@ -546,7 +546,7 @@ def relative_change(theta_k, theta):
 # -- end shared --
 
 
-def token_scale(t):
+def standardize_tokens(t):
     """(z, mean, std) of tokens t (..., d) = mean + std z: each z has zero mean and norm sqrt(d).
 
     Almost: 1e-6 is added to the variance."""
@@ -557,7 +557,7 @@ def token_scale(t):
 
 def calibrated_tokens(t, V, weight_net):
     """Tokens t (..., d) with z replaced by z_hat, on their old scale. [TC2 question iii]"""
-    z, mean, std = token_scale(t)
+    z, mean, std = standardize_tokens(t)
     return mean + std * calibrate(z, V, weight_net)
 
 
@@ -589,7 +589,7 @@ def train_step(nets, opts, views, args, progress):
     orders = orders.unflatten(1, (K, -1)).transpose(0, 1)       # (K, m, n, L)
     with torch.no_grad():
         t = autoencoder.embed(tasks, orders)
-        Z, mean, std = token_scale(t)                           # (K, m, n, 1 + T, d)
+        Z, mean, std = standardize_tokens(t)                    # (K, m, n, 1 + T, d)
     S = batch_summary(Z)
 
     # Line 4, Eqs. 4 and 5: f_theta is fixed, z_hat goes through its decoder. For task k
@@ -673,7 +673,7 @@ def diagnose(nets, views, args):
     T = visible_patches(orders.shape[-1], args.mask_ratio)
     autoencoder = MaskedAutoencoder(nets, T, args.bf16)
     t = autoencoder.embed(x, orders)                                    # (1, n, 1 + T, d)
-    z, _, _ = token_scale(t)
+    z, _, _ = standardize_tokens(t)
     found = {"rank_z": effective_rank(z.flatten(0, -2))}
     tokens = {"reconstruction": t}
     if not args.baseline:

@@ -278,7 +278,7 @@ def mae_passes(args, nets, views):
     half = args.masks // 2
     with torch.no_grad():
         tokens = autoencoder.embed(x, orders)
-        Z, _, _ = mae_tc2.token_scale(tokens)
+        Z, _, _ = mae_tc2.standardize_tokens(tokens)
     S = mae_tc2.batch_summary(Z)
     for part in (slice(half), slice(half, None)):
         V = nets["factor_net"](S)

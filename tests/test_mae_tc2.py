@@ -27,7 +27,7 @@ import mae_tc2
 from mae_tc2 import (Block, Decoder, Encoder, FactorNet, MaskedAutoencoder, WeightNet, build_nets,
                      build_opts, calibrated_tokens, diagnose, draw_masks, encoder_from_checkpoint,
                      normalize_patches, patchify, random_masks, reconstruction_loss,
-                     sincos_positions, to_torchvision, token_scale, train_step, unpatchify,
+                     sincos_positions, standardize_tokens, to_torchvision, train_step, unpatchify,
                      visible_patches)
 
 close = torch.testing.assert_close
@@ -640,15 +640,15 @@ def test_loss_of_perfect_and_of_zero_prediction():
 
 
 # ---- calibration of tokens -----------------------------------------------------------------------
-def test_token_scale_is_exact_standardisation():
+def test_standardize_tokens_is_exact():
     t = 3 * randn(2, 4, 32) + 2
-    z, mean, std = token_scale(t)
-    close(token_scale(t), slow_scale(t))
+    z, mean, std = standardize_tokens(t)
+    close(standardize_tokens(t), slow_scale(t))
     close(mean + std * z, t, rtol=0, atol=1e-12)
     close(z.mean(-1), torch.zeros(2, 4, dtype=torch.float64), rtol=0, atol=1e-12)
     close(z.norm(dim=-1), torch.full((2, 4), 32 ** 0.5, dtype=torch.float64), rtol=1e-5, atol=0)
-    close(token_scale(1e-4 * t), slow_scale(1e-4 * t))
-    close(token_scale(5 * t - 1)[0], z, rtol=1e-5, atol=1e-6)
+    close(standardize_tokens(1e-4 * t), slow_scale(1e-4 * t))
+    close(standardize_tokens(5 * t - 1)[0], z, rtol=1e-5, atol=1e-6)
 
 
 def test_calibration_starts_as_the_identity_when_v_is_square():
@@ -679,7 +679,7 @@ def test_calibrated_tokens_take_the_weights_of_f_w_and_keep_mean_and_std():
     close(fast, slow)
     close(grad(fast.square().sum(), t), grad(slow.square().sum(), t))
     close(calibrated_tokens(5 * t - 3, V, weight_net), 5 * fast.detach() - 3, rtol=1e-5, atol=1e-5)
-    assert weight_net.mlp(token_scale(t)[0]).abs().max() > 0.01
+    assert weight_net.mlp(standardize_tokens(t)[0]).abs().max() > 0.01
 
 
 def test_bfloat16_is_for_encoder_and_decoder_alone(monkeypatch):
@@ -700,7 +700,7 @@ def test_bfloat16_is_for_encoder_and_decoder_alone(monkeypatch):
             return function(t, *rest)
         return watch
 
-    for name in ("calibrate", "token_scale", "reconstruction_loss", "factor_loss"):
+    for name in ("calibrate", "standardize_tokens", "reconstruction_loss", "factor_loss"):
         monkeypatch.setattr(mae_tc2, name, watched(getattr(mae_tc2, name)))
     x = images().float()[None]
     args = settings(bf16=True, inner_lr=0.1)
