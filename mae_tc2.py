@@ -135,23 +135,16 @@ def visible_patches(L, mask_ratio):
     return round(L * (1 - mask_ratio))
 
 
-def random_masks(m, n, L, generator, share=slice(None)):
-    """Orders (m, n, L) of the L patches, one per mask and image: the first T are visible.
-
-    share: those of the n images that this process sorts, the draws are alike on all.
-    [MAE Section 3]"""
-    return torch.rand(m, n, L, generator=generator)[:, share].argsort(-1)
-
-
 def draw_masks(args, n, progress, device):
-    """Orders (m, n, L) for this process's n images: a function of seed and progress alone.
+    """Random orders (m, n, L) of the L patches, one per mask and image: the first T are visible.
 
-    They are drawn for the joined batch of all processes, each takes its share."""
+    n: this process's images. A function of seed and progress alone. [MAE Section 3]"""
     L = (args.image_size // args.patch_size) ** 2
     generator = rng(args.seed, "masks", progress)
+    # The draws are made for the joined batch of all processes, each sorts its share.
+    u = torch.rand(args.masks, n * world_size(), L, generator=generator)
     first = this_rank() * n
-    share = slice(first, first + n)
-    return to_device(random_masks(args.masks, n * world_size(), L, generator, share), device)
+    return to_device(u[:, first:first + n].argsort(-1), device)
 
 
 def take_patches(patches, which):

@@ -347,7 +347,7 @@ def masks(rounds):
         encoder = mae_tc2.Encoder(size, patch, *mae_tc2.ARCHS[arch]).to(DEVICE)
         x = torch.randn(n, 3, size, size, device=DEVICE)
         patches = (size // patch) ** 2
-        order = mae_tc2.random_masks(1, n, patches, common.rng(0))[0].to(DEVICE)
+        order = torch.rand(n, patches, generator=common.rng(0)).argsort(-1).to(DEVICE)
         visible = order[:, :mae_tc2.visible_patches(patches, 0.75)]
 
         def run(seen):

@@ -26,8 +26,8 @@ import common
 import mae_tc2
 from mae_tc2 import (Block, Decoder, Encoder, FactorNet, MaskedAutoencoder, WeightNet, build_nets,
                      build_opts, calibrated_tokens, diagnose, draw_masks, encoder_from_checkpoint,
-                     normalize_patches, patchify, random_masks, reconstruction_loss,
-                     sincos_positions, standardize_tokens, to_torchvision, train_step, unpatchify,
+                     normalize_patches, patchify, reconstruction_loss, sincos_positions,
+                     standardize_tokens, to_torchvision, train_step, unpatchify,
                      visible_patches)
 
 close = torch.testing.assert_close
@@ -76,7 +76,7 @@ def images(n=4, size=SIZE, seed=5):
 
 
 def some_masks(m=1, n=4, seed=6):
-    return random_masks(m, n, L, generator(seed))
+    return torch.rand(m, n, L, generator=generator(seed)).argsort(-1)
 
 
 def orthonormal(d, n, seed=0):
@@ -320,10 +320,14 @@ def test_number_of_visible_patches(patches, ratio, expected):
     assert visible_patches(patches, ratio) == expected
 
 
+def drawn(progress=0.25, n=8, **changes):
+    return draw_masks(settings(**changes), n, progress, CPU)
+
+
 def test_masks_are_permutations_and_show_every_patch_equally_often():
     m = 50
     n = 200
-    order = random_masks(m, n, L, generator())
+    order = drawn(n=n, masks=m)
     assert order.shape == (m, n, L) and order.dtype == torch.int64
     assert torch.equal(order.sort(-1).values, torch.arange(L).expand(m, n, L))
 
@@ -333,21 +337,12 @@ def test_masks_are_permutations_and_show_every_patch_equally_often():
     close(shown.sum(0), torch.full((L,), T / L, dtype=torch.float64), rtol=0, atol=0.025)
 
 
-def test_a_process_sorts_its_share_of_the_masks_of_all():
-    whole = random_masks(3, 8, 16, generator(5))
-    assert torch.equal(random_masks(3, 8, 16, generator(5), slice(2, 5)), whole[:, 2:5])
-
-
 def test_masks_of_images_and_of_masks_are_independent():
-    order = random_masks(20, 200, L, generator(1))
+    order = drawn(n=200, masks=20)
     pairs = [(order[1:], order[:-1]), (order[:, 1:], order[:, :-1]),
              (order[1:, 1:], order[:-1, :-1])]
     for a, b in pairs:
         assert abs((a == b).double().mean().item() - 1 / L) < 0.01
-
-
-def drawn(progress=0.25, n=8, **changes):
-    return draw_masks(settings(**changes), n, progress, CPU)
 
 
 def test_drawn_masks_depend_on_seed_and_progress_alone():
@@ -455,7 +450,7 @@ def test_float32_in_float32_out():
     encoder = Encoder(8, P, D, 1, HEADS)
     decoder = Decoder(8, P, D, 32, 1)
     x = images(2, 8).float()
-    order = random_masks(1, 2, 4, generator())[0]
+    order = torch.rand(2, 4, generator=generator()).argsort(-1)
     tokens = encoder(x, order[:, :2])
     predicted = decoder(decoder.embed(tokens), order)
     assert tokens.dtype == encoder(x).dtype == predicted.dtype == torch.float32
