@@ -69,11 +69,11 @@ import sys
 import torch
 from torch import nn
 
-from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only,
-                    check_shared_flags, draw_views, effective_rank, embedding_std, fail,
-                    fill_from_recipe, graceful_stop, load_data, lr_scale, make_backbone, monitor,
-                    number, open_run, parse, run, save_run, set_lr, setup_processes,
-                    training_batches, world_size)
+from common import (Log, all_reduce_sum, at_least_float32, average_gradients, base_parser,
+                    batch_stats_only, check_shared_flags, draw_views, effective_rank,
+                    embedding_std, fail, fill_from_recipe, graceful_stop, load_data, lr_scale,
+                    make_backbone, monitor, number, open_run, parse, run, save_run, set_lr,
+                    setup_processes, training_batches, world_size)
 
 SCRIPT = "barlow_sparsehead"
 LAMBDA_SPARSE = {"rownorm": 0.3, "inputs": 0.3, "prox": 3.0, "plain": 1e-4, "bilevel": 1.0,
@@ -161,9 +161,7 @@ def embed(nets, views, args):
         r = nets["backbone"](images)
         u = nets["projector"][:-1](r)
         z = nets["projector"][-1](u)
-    # bfloat16 becomes float32; float64 stays.
-    precise = torch.promote_types(z.dtype, torch.float32)
-    return [x.to(precise).unflatten(0, views.shape[:2]) for x in (r, u, z)]
+    return [at_least_float32(x).unflatten(0, views.shape[:2]) for x in (r, u, z)]
 
 
 # ---- Barlow Twins --------------------------------------------------------------------------------

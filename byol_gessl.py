@@ -62,10 +62,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from common import (SMALL, Log, average_gradients, base_parser, batch_stats_only, check_shared_flags,
-                    draw_views, effective_rank, embedding_std, fail, fill_from_recipe,
-                    graceful_stop, load_data, lr_scale, make_backbone, monitor, number, open_run,
-                    parse, run, save_run, set_lr, setup_processes, training_batches, world_size)
+from common import (SMALL, Log, at_least_float32, average_gradients, base_parser,
+                    batch_stats_only, check_shared_flags, draw_views, effective_rank,
+                    embedding_std, fail, fill_from_recipe, graceful_stop, load_data, lr_scale,
+                    make_backbone, monitor, number, open_run, parse, run, save_run, set_lr,
+                    setup_processes, training_batches, world_size)
 
 SCRIPT = "byol_gessl"
 SOLVER_TERMS = 5        # highest power of the Neumann series; iterations of conjugate gradients
@@ -155,8 +156,7 @@ def embed(net, x, args, theta=None):
             out = net(images)
         else:
             out = functional_call(net, unflatten(theta, net), (images,), tie_weights=False)
-    out = out.to(torch.promote_types(out.dtype, torch.float32))
-    return out.unflatten(0, x.shape[:-3])
+    return at_least_float32(out).unflatten(0, x.shape[:-3])
 
 
 # ---- BYOL ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ script calls, by section:
   randomness    rng, lr_scale, set_lr
   data          load_data, training_batches
   augmentation  augment, which training_batches calls
-  backbones     make_backbone, batch_stats_only
+  backbones     make_backbone, batch_stats_only, at_least_float32
   k-NN monitor  monitor, embedding_std, effective_rank
   processes     setup_processes, world_size, all_reduce_sum, gather_batch, average_gradients
   checkpoint    open_run, save_run
@@ -894,6 +894,11 @@ def batch_stats_only(module):
             m.track_running_stats = True
         for m, name, b in buffers:
             setattr(m, name, b)
+
+
+def at_least_float32(x):
+    """What comes out of autocast: bfloat16 becomes float32, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- k-NN monitor --------------------------------------------------------------------------------

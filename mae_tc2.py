@@ -74,11 +74,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import (Log, all_reduce_sum, average_gradients, base_parser, check_shared_flags,
-                    denormalize, draw_grid, draw_views, effective_rank, fail, fill_from_recipe,
-                    graceful_stop, load_data, lr_scale, monitor, number, open_run, parse,
-                    recipe_name, rng, run, save_run, say, set_lr, setup_processes, to_device,
-                    training_batches, world_size)
+from common import (Log, all_reduce_sum, at_least_float32, average_gradients, base_parser,
+                    check_shared_flags, denormalize, draw_grid, draw_views, effective_rank, fail,
+                    fill_from_recipe, graceful_stop, load_data, lr_scale, monitor, number, open_run,
+                    parse, recipe_name, rng, run, save_run, say, set_lr, setup_processes,
+                    to_device, training_batches, world_size)
 
 SCRIPT = "mae_tc2"
 TC2_LR = 3e-3           # alpha_1 .. alpha_4 at the peak of the schedule; the paper states none
@@ -279,21 +279,17 @@ class MaskedAutoencoder(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             t = self.backbone(images.flatten(0, -4), visible.flatten(0, -2))
             t = self.decoder.embed(t)
-        return not_bfloat16(t).unflatten(0, orders.shape[:-1])
+        return at_least_float32(t).unflatten(0, orders.shape[:-1])
 
     def decode(self, t, orders):
         """Predicted patches (..., m, n, L, 3 p p) from tokens t (..., m, n, 1 + T, d)."""
         with torch.autocast(t.device.type, torch.bfloat16, enabled=self.bf16):
             predicted = self.decoder(t.flatten(0, -3), orders.flatten(0, -2))
-        return not_bfloat16(predicted).unflatten(0, orders.shape[:-1])
+        return at_least_float32(predicted).unflatten(0, orders.shape[:-1])
 
     def forward(self, x, orders, calibrated):
         """Predicted patches; calibrated: what happens to the tokens in between, a function."""
         return self.decode(calibrated(self.embed(x, orders)), orders)
-
-
-def not_bfloat16(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def build_nets(args):

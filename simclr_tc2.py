@@ -61,11 +61,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from common import (Log, all_reduce_sum, average_gradients, base_parser, batch_stats_only,
-                    check_shared_flags, draw_views, effective_rank, embedding_std, fail,
-                    fill_from_recipe, gather_batch, graceful_stop, load_data, lr_scale,
-                    make_backbone, monitor, number, open_run, parse, run, save_run, say, set_lr,
-                    setup_processes, training_batches, world_size)
+from common import (Log, all_reduce_sum, at_least_float32, average_gradients, base_parser,
+                    batch_stats_only, check_shared_flags, draw_views, effective_rank,
+                    embedding_std, fail, fill_from_recipe, gather_batch, graceful_stop, load_data,
+                    lr_scale, make_backbone, monitor, number, open_run, parse, run, save_run, say,
+                    set_lr, setup_processes, training_batches, world_size)
 
 SCRIPT = "simclr_tc2"
 TC2_LR = 3e-3           # alpha_1 .. alpha_4 at the peak of the schedule; the paper states none
@@ -134,7 +134,7 @@ def embed(encoder, x, args, theta=None):
             z = encoder(images)
         else:
             z = functional_call(encoder, theta, (images,), tie_weights=False)
-    z = z.to(torch.promote_types(z.dtype, torch.float32)).unflatten(0, x.shape[:-3])
+    z = at_least_float32(z).unflatten(0, x.shape[:-3])
     z = F.normalize(z, dim=-1)
     if "norm" in args.without:
         return z
