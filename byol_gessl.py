@@ -72,7 +72,7 @@ SCRIPT = "byol_gessl"
 SOLVER_TERMS = 5        # highest power of the Neumann series; iterations of conjugate gradients
 FD_LENGTH = 0.03        # ||e v|| of the finite difference; shorter is worse in ReLU networks
 
-# A recipe for each of the two views. jitter: brightness, contrast, saturation, hue.
+# One for each of the two views. jitter: brightness, contrast, saturation, hue.
 # GeSSL's Appendix C says "the same data augmentation scheme as SimCLR", for every base method.
 # imagenet has BYOL's asymmetric pair in its place, which BYOL was tuned for [BYOL Appendix B];
 # small has TC2's weaker one (the paper of simclr_tc2.py), shapes that with more gray.
@@ -687,7 +687,7 @@ def main(argv=None):
     # -- shared: main --
     rank, world, device = setup_processes(args.device)
     data = load_data(args.data, args.image_size, args.workers)
-    augmentation = fill_defaults(args, data, device)
+    augmentations = fill_defaults(args, data, device)   # one for each view
     check_args(args, data, world)
 
     torch.manual_seed(args.seed)                    # the same initial weights on every process
@@ -713,7 +713,7 @@ def main(argv=None):
     def evaluate(backbone):
         if rank > 0:
             return {}
-        return monitor(backbone, data, args, augmentation[0], device)
+        return monitor(backbone, data, args, augmentations[0], device)
 
     with graceful_stop() as stop_signal:
         if data.test_labels is None:
@@ -729,10 +729,10 @@ def main(argv=None):
             log.show(f"complete at step {start}: nothing is left to train")
 
         # A step of gradient descent is `train_step`; what stands around it looks, logs and saves.
-        batches = training_batches(data, augmentation, args, rank, world, device, start, stop)
+        batches = training_batches(data, augmentations, args, rank, world, device, start, stop)
         for step, (views, index) in enumerate(batches, start + 1):      # counts steps that are done
             if step == 1 and rank == 0:
-                draw_views(args, data, views, index, augmentation)
+                draw_views(args, data, views, index, augmentations)
             set_lr(opts, lr_scale(step - 1, total, args.warmup_epochs * per_epoch))
             terms = train_step(nets, opts, views, args, progress=(step - 1) / total)
             log.add(step, terms)
@@ -744,11 +744,11 @@ def main(argv=None):
             if epoch_end or signum or step % args.log_every == 0:
                 log.write(nets, opts["encoder"].param_groups[0]["lr"])
             if signum and rank == 0:                # an evaluation may last longer than the grace
-                save_run(args, step, nets, opts, augmentation[0], settings)
+                save_run(args, step, nets, opts, augmentations[0], settings)
             if evaluate_now:
                 log.event(step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
             if epoch_end and rank == 0:
-                save_run(args, step, nets, opts, augmentation[0], settings)
+                save_run(args, step, nets, opts, augmentations[0], settings)
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")
                 raise SystemExit(128 + signum)

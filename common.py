@@ -356,11 +356,11 @@ class Crops(torch.utils.data.Dataset):
     """Item (epoch, i): (a random crop of file i per view, uint8 (m, 3, S, S); i; {path: why not}).
 
     The next file that can be decoded stands in for one that cannot."""
-    def __init__(self, paths, size, views, recipe, seed):
+    def __init__(self, paths, size, views, augmentation, seed):
         self.paths = FileNames(paths)
         self.size = size
         self.views = views
-        self.recipe = recipe
+        self.augmentation = augmentation
         self.seed = seed
 
     def __getitem__(self, key):
@@ -374,7 +374,8 @@ class Crops(torch.utils.data.Dataset):
                 bad[self.paths[i]] = str(error)
                 continue
             u = torch.rand(self.views, BOX_DRAWS, generator=rng(self.seed, epoch, first))
-            boxes = random_boxes(u, *image.shape[1:], self.recipe["crop"], self.recipe["ratio"])
+            boxes = random_boxes(u, *image.shape[1:], self.augmentation["crop"],
+                                 self.augmentation["ratio"])
             size = [self.size, self.size]
             crops = [TF.resized_crop(image, *box, size, antialias=True)
                      for box in boxes.int().tolist()]
@@ -632,12 +633,12 @@ def load_data(name, image_size=None, workers=0):
     return data
 
 
-def training_batches(data, recipes, args, rank, world, device, start, stop):
+def training_batches(data, augmentations, args, rank, world, device, start, stop):
     """Yield, for each step in [start, stop), (views, index): this process's share of the batch.
 
     Of args it reads images_per_step, image_size, seed and workers; of data, name and train.
-    views (m, n, 3, S, S) float: one augmented view per recipe, files are cropped by the first one's
-    crop and ratio; index: the n images they show.
+    augmentations: one for each view. views (m, n, 3, S, S) float; index: the n images they show.
+    Files are cropped, for all views, by the first augmentation's crop and ratio.
     Order = f(seed, epoch), crops of files = f(seed, epoch, image), all else = f(seed, step, view):
     the views depend neither on the number of processes, nor on workers or the device."""
     batch_size = args.images_per_step
@@ -659,24 +660,25 @@ def training_batches(data, recipes, args, rank, world, device, start, stop):
         for batch in batches():
             index = [image for _, image in batch]
             images = train[to_device(torch.tensor(index), device)]
-            yield [images] * len(recipes), index
+            yield [images] * len(augmentations), index
 
     if torch.is_tensor(data.train):
         loader = from_memory()
         size = args.image_size
     else:
-        files = Crops(data.train, args.image_size, len(recipes), recipes[0], args.seed)
+        files = Crops(data.train, args.image_size, len(augmentations), augmentations[0], args.seed)
         loader = read_files(data.name, files, batches(), args.workers, device)
         size = None                             # they were cropped when they were read
 
     for step, (images, index) in enumerate(loader, start):
         views = []
-        for v, recipe in enumerate(recipes):
+        for v, augmentation in enumerate(augmentations):
             # The draws are made for the joined batch of all processes, each takes its share.
             g = rng(args.seed, step, v, 0)          # four numbers: not a key of a crop, see `Crops`
             operations = torch.randperm(4, generator=g).tolist()
             u = torch.rand(batch_size, AUGMENT_DRAWS, generator=g)[share]
-            views.append(augment(images[v], to_device(u, device), operations, recipe, size))
+            view = augment(images[v], to_device(u, device), operations, augmentation, size)
+            views.append(view)
         yield torch.stack(views), index
 
 
@@ -779,24 +781,24 @@ def gaussian_blur(x, sigma):
     return blur @ x @ blur.mT                                           # columns, then rows
 
 
-def augment(images, u, order, recipe, size=None):
+def augment(images, u, order, augmentation, size=None):
     """One view of each image, a pure function of the random numbers that it is given.
 
     images (n, 3, H, W) uint8 -> (n, 3, S, S) float, normalised. u (n, AUGMENT_DRAWS) uniform in
-    [0, 1); order: a permutation of the four colour operations; recipe: one of AUGMENTATION in a
-    script; size: S, or None for images that are cropped already."""
+    [0, 1); order: a permutation of the four colour operations; augmentation: a view's, see
+    AUGMENTATION in a script; size: S, or None for images that are cropped already."""
     box_draws, draws = u[:, :BOX_DRAWS], u[:, BOX_DRAWS:]
     flip, jitter, *strengths, gray, blur, sigma, solarize = draws.unbind(1)
     x = images.float().div_(255)
     if size:
-        boxes = random_boxes(box_draws, *x.shape[2:], recipe["crop"], recipe["ratio"])
+        boxes = random_boxes(box_draws, *x.shape[2:], augmentation["crop"], augmentation["ratio"])
         x = crop_resize(x, boxes, size)
-    x = choose(below(flip, recipe["flip"]), x.flip(3), x)
+    x = choose(below(flip, augmentation["flip"]), x.flip(3), x)
 
     operations = (brightness, contrast, saturation, hue)
-    jittered = jitter < recipe["jitter_p"]
+    jittered = jitter < augmentation["jitter_p"]
     for i in order:
-        strength = recipe["jitter"][i]
+        strength = augmentation["jitter"][i]
         if not strength:
             continue
         change = (2 * strengths[i] - 1) * strength * jittered
@@ -805,13 +807,14 @@ def augment(images, u, order, recipe, size=None):
         else:
             x = operations[i](x, 1 + change)
 
-    if recipe["gray_p"]:
-        x = choose(below(gray, recipe["gray_p"]), luma(x), x)
-    if recipe["blur_p"]:
-        x = gaussian_blur(x, (0.1 + 1.9 * sigma) * (blur < recipe["blur_p"]))
-    if recipe["solarize_p"]:
-        x = choose(below(solarize, recipe["solarize_p"]), torch.minimum(x, 1 - x), x)
-    return normalize(x, recipe)
+    if augmentation["gray_p"]:
+        x = choose(below(gray, augmentation["gray_p"]), luma(x), x)
+    if augmentation["blur_p"]:
+        x = gaussian_blur(x, (0.1 + 1.9 * sigma) * (blur < augmentation["blur_p"]))
+    if augmentation["solarize_p"]:
+        inverted = torch.minimum(x, 1 - x)
+        x = choose(below(solarize, augmentation["solarize_p"]), inverted, x)
+    return normalize(x, augmentation)
 
 
 def choose(condition, a, b):
@@ -823,13 +826,14 @@ def below(u, p):
     return (u < p)[:, None, None, None]
 
 
-def normalize(x, recipe):
-    return (x - per_channel(recipe["mean"], x)) / per_channel(recipe["std"], x)
+def normalize(x, stats):
+    """stats: any dict with the channels' "mean" and "std", such as an augmentation."""
+    return (x - per_channel(stats["mean"], x)) / per_channel(stats["std"], x)
 
 
-def denormalize(x, recipe):
+def denormalize(x, stats):
     """For pictures: the inverse of `normalize`."""
-    return (x * per_channel(recipe["std"], x) + per_channel(recipe["mean"], x)).clamp(0, 1)
+    return (x * per_channel(stats["std"], x) + per_channel(stats["mean"], x)).clamp(0, 1)
 
 
 def per_channel(numbers, x):
@@ -903,7 +907,7 @@ def at_least_float32(x):
 
 # ---- k-NN monitor --------------------------------------------------------------------------------
 @torch.no_grad()
-def extract_features(backbone, data_name, images, size, recipe, workers, device):
+def extract_features(backbone, data_name, images, size, stats, workers, device):
     """(features (n, d) float32 on `device`, the n indices of their images), not augmented.
 
     images: a tensor or file names. Large images are cut to the central 224 / 256."""
@@ -912,7 +916,7 @@ def extract_features(backbone, data_name, images, size, recipe, workers, device)
     resize = round(size * 256 / 224) if size > SMALL else None
     features, kept = [], []
     for x, index in squares(data_name, images, size, workers, device, resize):
-        features.append(backbone(normalize(x.float() / 255, recipe)).float())
+        features.append(backbone(normalize(x.float() / 255, stats)).float())
         kept += index
     backbone.train(was_training)
     return torch.cat(features), torch.tensor(kept)
@@ -978,7 +982,7 @@ def effective_rank(z):
     return torch.special.entr(p).sum().exp()
 
 
-def monitor(backbone, data, args, recipe, device):
+def monitor(backbone, data, args, stats, device):
     """k-NN accuracy in percent, both protocols; {} without labels. backbone None: of raw pixels.
 
     Of at most 20,000 training and 10,000 test images; on a CPU a fifth, to save minutes."""
@@ -990,7 +994,7 @@ def monitor(backbone, data, args, recipe, device):
         rows = (labels >= 0).nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=rng(0))[:limit]]    # files come by class
         x, kept = extract_features(backbone or nn.Flatten(), data.name, pick(images, rows),
-                                   args.image_size, recipe, args.workers, device)
+                                   args.image_size, stats, args.workers, device)
         return x, labels[rows][kept].to(device)
 
     bank, bank_labels = features_of(data.train, data.train_labels, 20000 // share)
@@ -1127,14 +1131,14 @@ def save(path, state):
         fail(f"cannot write {path} ({reason}); the previous one, if any, is untouched")
 
 
-def save_run(args, step, nets, opts, recipe, settings):
+def save_run(args, step, nets, opts, stats, settings):
     """backbone.pt, what other programs load (see README), and then last.pt, all that resumes.
 
     In this order, so that a run killed between the two does its last epoch again."""
     weights = {k: v.cpu() for k, v in nets["backbone"].state_dict().items()}
     save(f"{args.out}/backbone.pt",
          {"arch": args.arch, "image_size": args.image_size,
-          "small_images": args.image_size <= SMALL, "mean": recipe["mean"], "std": recipe["std"],
+          "small_images": args.image_size <= SMALL, "mean": stats["mean"], "std": stats["std"],
           "state_dict": weights})
     save(f"{args.out}/last.pt",
          {"edition": EDITION, "step": step, "settings": settings, "nets": nets.state_dict(),
@@ -1469,7 +1473,7 @@ def printable(name):
     return os.fsencode(name).decode(errors="replace").replace("$", r"\$")
 
 
-def draw_views(args, data, views, index, recipes):
+def draw_views(args, data, views, index, augmentations):
     """views.png: eight images and their views as the network sees them. Look at your data."""
     shown = index[:8]
     if torch.is_tensor(data.train):
@@ -1477,6 +1481,6 @@ def draw_views(args, data, views, index, recipes):
     else:
         images = torch.stack([fit(decode(data.train[i]), args.image_size) for i in shown])
     rows = {"image": images / 255}
-    for v, recipe in enumerate(recipes):
-        rows[f"view {v + 1}"] = denormalize(views[v, :8], recipe)
+    for v, augmentation in enumerate(augmentations):
+        rows[f"view {v + 1}"] = denormalize(views[v, :8], augmentation)
     draw_grid(f"{args.out}/views.png", rows)

@@ -387,9 +387,10 @@ def tune(job, images, labels, fraction):
     batch = len(labels) // batches_of_256               # at most 256, hardly an image left out
     per_epoch = len(labels) // batch
     total = args.tune_epochs * per_epoch
-    recipe = {"crop": (0.08 if size > SMALL else 0.2, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5,
-              "jitter": (0, 0, 0, 0), "jitter_p": 0, "gray_p": 0, "blur_p": 0, "solarize_p": 0,
-              "mean": job.state["mean"], "std": job.state["std"]}
+    crop = (0.08 if size > SMALL else 0.2, 1.0)
+    augmentation = {"crop": crop, "ratio": (3 / 4, 4 / 3), "flip": 0.5, "jitter": (0, 0, 0, 0),
+                    "jitter_p": 0, "gray_p": 0, "blur_p": 0, "solarize_p": 0,
+                    "mean": job.state["mean"], "std": job.state["std"]}
 
     torch.manual_seed(args.seed)
     backbone = copy.deepcopy(job.backbone).requires_grad_().train()
@@ -403,7 +404,7 @@ def tune(job, images, labels, fraction):
                 size=size, classes=None, fingerprint="")
     settings = types.SimpleNamespace(images_per_step=batch, image_size=size, seed=args.seed,
                                      workers=args.workers)
-    batches = training_batches(data, [recipe], settings, 0, 1, job.device, 0, total)
+    batches = training_batches(data, [augmentation], settings, 0, 1, job.device, 0, total)
     right = 0
     seen = 0
     for step, (views, index) in enumerate(batches):
@@ -596,9 +597,8 @@ class Job:
     def extract(self, backbone, split):
         """(features (n, d), labels (n,), n indices of the images) of "train" or "test"."""
         part = getattr(self, split)
-        recipe = self.state                     # holds mean and std, all that is needed of one
         x, kept = extract_features(backbone, self.data, part.images, self.state["image_size"],
-                                   recipe, self.args.workers, self.device)
+                                   self.state, self.args.workers, self.device)
         return x, part.labels[kept].to(self.device), kept
 
     def features(self, split):

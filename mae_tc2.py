@@ -697,11 +697,11 @@ def draw_reconstructions(x, masked, predictions, args):
             predicted = predicted * std + patches.mean(-1, keepdim=True)
         rows[name] = torch.where(hidden > 0, predicted[0], patches)
 
-    recipe = AUGMENTATION[recipe_name(args.data, args.image_size)]
+    stats = AUGMENTATION[recipe_name(args.data, args.image_size)]
     pictures = {}
     for name, row in rows.items():
         images = unpatchify(row, args.patch_size, args.image_size)
-        pictures[name] = denormalize(images, recipe)
+        pictures[name] = denormalize(images, stats)
     draw_grid(f"{args.out}/reconstructions.png", pictures)
 
 
@@ -813,7 +813,7 @@ def main(argv=None):
     # -- shared: main --
     rank, world, device = setup_processes(args.device)
     data = load_data(args.data, args.image_size, args.workers)
-    augmentation = fill_defaults(args, data, device)
+    augmentations = fill_defaults(args, data, device)   # one for each view
     check_args(args, data, world)
 
     torch.manual_seed(args.seed)                    # the same initial weights on every process
@@ -839,7 +839,7 @@ def main(argv=None):
     def evaluate(backbone):
         if rank > 0:
             return {}
-        return monitor(backbone, data, args, augmentation[0], device)
+        return monitor(backbone, data, args, augmentations[0], device)
 
     with graceful_stop() as stop_signal:
         if data.test_labels is None:
@@ -855,10 +855,10 @@ def main(argv=None):
             log.show(f"complete at step {start}: nothing is left to train")
 
         # A step of gradient descent is `train_step`; what stands around it looks, logs and saves.
-        batches = training_batches(data, augmentation, args, rank, world, device, start, stop)
+        batches = training_batches(data, augmentations, args, rank, world, device, start, stop)
         for step, (views, index) in enumerate(batches, start + 1):      # counts steps that are done
             if step == 1 and rank == 0:
-                draw_views(args, data, views, index, augmentation)
+                draw_views(args, data, views, index, augmentations)
             set_lr(opts, lr_scale(step - 1, total, args.warmup_epochs * per_epoch))
             terms = train_step(nets, opts, views, args, progress=(step - 1) / total)
             log.add(step, terms)
@@ -870,11 +870,11 @@ def main(argv=None):
             if epoch_end or signum or step % args.log_every == 0:
                 log.write(nets, opts["encoder"].param_groups[0]["lr"])
             if signum and rank == 0:                # an evaluation may last longer than the grace
-                save_run(args, step, nets, opts, augmentation[0], settings)
+                save_run(args, step, nets, opts, augmentations[0], settings)
             if evaluate_now:
                 log.event(step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
             if epoch_end and rank == 0:
-                save_run(args, step, nets, opts, augmentation[0], settings)
+                save_run(args, step, nets, opts, augmentations[0], settings)
             if signum:
                 log.end(f"stopped by signal {signum} after step {step}; the same command goes on")
                 raise SystemExit(128 + signum)

@@ -92,12 +92,13 @@ def task_views(job, split, count):
     SimCLR's views for every run, whatever it was trained on, so that runs compare."""
     part = getattr(job, split)
     size = job.state["image_size"]
-    recipe = AUGMENTATION["small" if size <= SMALL else "imagenet"]
-    recipe = {**recipe, "mean": job.state["mean"], "std": job.state["std"]}
+    augmentation = AUGMENTATION["small" if size <= SMALL else "imagenet"]
+    augmentation = {**augmentation, "mean": job.state["mean"], "std": job.state["std"]}
     data = Data(job.data, part.images, part.labels, [], None, size, None, "")
     settings = types.SimpleNamespace(images_per_step=job.args.task_size, image_size=size,
                                      seed=job.args.seed, workers=job.args.workers)
-    for views, _ in training_batches(data, [recipe] * 2, settings, 0, 1, job.device, 0, count):
+    batches = training_batches(data, [augmentation] * 2, settings, 0, 1, job.device, 0, count)
+    for views, _ in batches:
         yield views
 
 
