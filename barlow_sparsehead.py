@@ -72,8 +72,8 @@ from torch import nn
 from common import (Log, all_reduce_sum, at_least_float32, average_gradients, base_parser,
                     batch_stats_only, check_shared_flags, draw_views, effective_rank,
                     embedding_std, fail, fill_from_recipe, graceful_stop, load_data, lr_scale,
-                    make_backbone, monitor, number, open_run, parse, run, save_run, set_lr,
-                    setup_processes, training_batches, world_size)
+                    make_backbone, monitor, number, open_run, parse, recipe_name, run, save_run,
+                    set_lr, setup_processes, training_batches, world_size)
 
 SCRIPT = "barlow_sparsehead"
 LAMBDA_SPARSE = {"rownorm": 0.3, "inputs": 0.3, "prox": 3.0, "plain": 1e-4, "bilevel": 1.0,
@@ -408,14 +408,18 @@ def parse_args(argv=None):
 
 
 def fill_defaults(args, data, device):
-    """Fill the flags left open; returns the augmentation of each view."""
-    recipe = fill_from_recipe(args, RECIPES, data, device, SCRIPT)
+    """Fill the flags left open."""
+    fill_from_recipe(args, RECIPES, data, device, SCRIPT)
     if args.baseline:
         args.penalty = "none"
     if args.lambda_sparse is None:
         args.lambda_sparse = LAMBDA_SPARSE[args.penalty]
     args.images_per_step = args.batch_size
-    return AUGMENTATION[recipe]
+
+
+def view_augmentations(args, data):
+    """The augmentation of each view."""
+    return AUGMENTATION[recipe_name(data.name, args.image_size)]
 
 
 def check_args(args, data, world):
@@ -436,8 +440,9 @@ def main(argv=None):
     # -- shared: main --
     rank, world, device = setup_processes(args.device)
     data = load_data(args.data, args.image_size, args.workers)
-    augmentations = fill_defaults(args, data, device)   # one for each view
+    fill_defaults(args, data, device)
     check_args(args, data, world)
+    augmentations = view_augmentations(args, data)
 
     torch.manual_seed(args.seed)                    # the same initial weights on every process
     nets = build_nets(args).to(device, memory_format=torch.channels_last)

@@ -65,8 +65,8 @@ from torch.func import functional_call
 from common import (SMALL, Log, at_least_float32, average_gradients, base_parser,
                     batch_stats_only, check_shared_flags, draw_views, effective_rank,
                     embedding_std, fail, fill_from_recipe, graceful_stop, load_data, lr_scale,
-                    make_backbone, monitor, number, open_run, parse, run, save_run, set_lr,
-                    setup_processes, training_batches, world_size)
+                    make_backbone, monitor, number, open_run, parse, recipe_name, run, save_run,
+                    set_lr, setup_processes, training_batches, world_size)
 
 SCRIPT = "byol_gessl"
 SOLVER_TERMS = 5        # highest power of the Neumann series; iterations of conjugate gradients
@@ -654,12 +654,16 @@ def parse_args(argv=None):
 
 
 def fill_defaults(args, data, device):
-    """Fill the flags left open; returns the augmentation of each view."""
-    recipe = fill_from_recipe(args, RECIPES, data, device, SCRIPT)
+    """Fill the flags left open."""
+    fill_from_recipe(args, RECIPES, data, device, SCRIPT)
     args.images_per_step = args.batch_size
     if not args.baseline:
         args.images_per_step = args.batch_size * args.tasks
-    return AUGMENTATION[recipe]
+
+
+def view_augmentations(args, data):
+    """The augmentation of each view."""
+    return AUGMENTATION[recipe_name(data.name, args.image_size)]
 
 
 def check_args(args, data, world):
@@ -687,8 +691,9 @@ def main(argv=None):
     # -- shared: main --
     rank, world, device = setup_processes(args.device)
     data = load_data(args.data, args.image_size, args.workers)
-    augmentations = fill_defaults(args, data, device)   # one for each view
+    fill_defaults(args, data, device)
     check_args(args, data, world)
+    augmentations = view_augmentations(args, data)
 
     torch.manual_seed(args.seed)                    # the same initial weights on every process
     nets = build_nets(args).to(device, memory_format=torch.channels_last)

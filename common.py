@@ -158,7 +158,7 @@ def recipe_name(data_name, image_size):
 
 
 def fill_from_recipe(args, recipes, data, device, script):
-    """Fill the flags left open from the recipe of the data, and return that recipe's name."""
+    """Fill the flags left open, most of them from the recipe of the data."""
     if args.image_size is None:
         args.image_size = data.size if data.size <= SMALL else 224
     recipe = recipe_name(data.name, args.image_size)
@@ -177,7 +177,6 @@ def fill_from_recipe(args, recipes, data, device, script):
     if args.bf16 is None:
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
         args.bf16 = device.type == "cuda" and supported
-    return recipe
 
 
 def check_shared_flags(args, data, world):

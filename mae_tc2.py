@@ -768,18 +768,22 @@ def parse_args(argv=None):
 
 
 def fill_defaults(args, data, device):
-    """Fill the flags left open; returns the augmentation of the one view."""
+    """Fill the flags left open."""
     if args.baseline:
         args.masks = args.masks or 1
         args.tasks = args.tasks or 1
-    recipe = fill_from_recipe(args, RECIPES, data, device, SCRIPT)
+    fill_from_recipe(args, RECIPES, data, device, SCRIPT)
     dim, _ = DECODERS[args.arch]
     args.factors = args.factors or dim // 2
     args.images_per_step = args.batch_size
     if args.factors == dim and "qr" not in args.without and not args.baseline:
         say(f"--factors {args.factors}: as many as dimensions, so that V is square and orthogonal: "
             "Eq. 1 is zero by construction")
-    return [AUGMENTATION[recipe]]
+
+
+def view_augmentations(args, data):
+    """The augmentation of the one view, whose masks are the views of TC2."""
+    return [AUGMENTATION[recipe_name(data.name, args.image_size)]]
 
 
 def check_args(args, data, world):
@@ -813,8 +817,9 @@ def main(argv=None):
     # -- shared: main --
     rank, world, device = setup_processes(args.device)
     data = load_data(args.data, args.image_size, args.workers)
-    augmentations = fill_defaults(args, data, device)   # one for each view
+    fill_defaults(args, data, device)
     check_args(args, data, world)
+    augmentations = view_augmentations(args, data)
 
     torch.manual_seed(args.seed)                    # the same initial weights on every process
     nets = build_nets(args).to(device, memory_format=torch.channels_last)

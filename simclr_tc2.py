@@ -64,8 +64,8 @@ from torch.func import functional_call
 from common import (Log, all_reduce_sum, at_least_float32, average_gradients, base_parser,
                     batch_stats_only, check_shared_flags, draw_views, effective_rank,
                     embedding_std, fail, fill_from_recipe, gather_batch, graceful_stop, load_data,
-                    lr_scale, make_backbone, monitor, number, open_run, parse, run, save_run, say,
-                    set_lr, setup_processes, training_batches, world_size)
+                    lr_scale, make_backbone, monitor, number, open_run, parse, recipe_name, run,
+                    save_run, say, set_lr, setup_processes, training_batches, world_size)
 
 SCRIPT = "simclr_tc2"
 TC2_LR = 3e-3           # alpha_1 .. alpha_4 at the peak of the schedule; the paper states none
@@ -591,8 +591,8 @@ def parse_args(argv=None):
 
 
 def fill_defaults(args, data, device):
-    """Fill the flags left open; returns the augmentation of each view."""
-    recipe = fill_from_recipe(args, RECIPES, data, device, SCRIPT)
+    """Fill the flags left open."""
+    fill_from_recipe(args, RECIPES, data, device, SCRIPT)
     args.views = args.views or (2 if args.baseline else 4)
     args.tasks = args.tasks or (1 if args.baseline else 4)
     args.factors = args.factors or args.dim // 2
@@ -609,6 +609,11 @@ def fill_defaults(args, data, device):
     if "lv" in without and qr and not args.baseline:
         say("--without lv: with the QR no other loss gives f_v a gradient, so that V is left to "
             "chance; the paper's ablation is --without lv qr")
+
+
+def view_augmentations(args, data):
+    """The augmentation of each view."""
+    recipe = recipe_name(data.name, args.image_size)
     return [AUGMENTATION[recipe]] * args.views
 
 
@@ -637,8 +642,9 @@ def main(argv=None):
     # -- shared: main --
     rank, world, device = setup_processes(args.device)
     data = load_data(args.data, args.image_size, args.workers)
-    augmentations = fill_defaults(args, data, device)   # one for each view
+    fill_defaults(args, data, device)
     check_args(args, data, world)
+    augmentations = view_augmentations(args, data)
 
     torch.manual_seed(args.seed)                    # the same initial weights on every process
     nets = build_nets(args).to(device, memory_format=torch.channels_last)

@@ -10,8 +10,8 @@
 
 The frame is the base script's own main, with --baseline. What differs is handed to it by name:
 `main` below puts the combination's functions in the place of the script's train_step, build_nets,
-build_opts, fill_defaults, check_args and diagnose, for one run. Flags are those of the base script
-and these, in any order; a name that is in both is the enhancement's:
+build_opts, fill_defaults, check_args, view_augmentations and diagnose, for one run. Flags are those
+of the base script and these, in any order; a name that is in both is the enhancement's:
 
   tc2         --tasks 4  --inner-lr (byol 0.1, barlow 0.0001)  --lambda-s 0.1
   gessl       --tasks 2  --inner-steps 1  --target-steps 3  --inner-lr 0.005
@@ -380,6 +380,7 @@ def replacements(base_name, enhancement, settings):
     # The originals, since these names will stand for the functions below.
     base_nets, base_opts = base.build_nets, base.build_opts
     base_defaults, base_checks = base.fill_defaults, base.check_args
+    base_augmentations = base.view_augmentations
 
     def build_nets(args):
         nets = base_nets(args)
@@ -398,15 +399,19 @@ def replacements(base_name, enhancement, settings):
 
     def fill_defaults(args, data, device):
         args.out = args.out or f"runs/{base_name}_{enhancement}"
-        augmentation = base_defaults(args, data, device)
+        base_defaults(args, data, device)
         args.script = f"{base_name}_{enhancement}"
         vars(args).update(settings)
         if enhancement == "gessl":                      # --batch-size is that of a task
             args.images_per_step = args.batch_size * args.tasks
-        if enhancement == "tc2":                        # four views: two pairs of the base's two
+        if enhancement == "tc2":
             args.without = []
-            augmentation = augmentation * 2
-        return augmentation
+
+    def view_augmentations(args, data):
+        augmentations = base_augmentations(args, data)
+        if enhancement == "tc2":                        # four views: two pairs of the base's two
+            return 2 * augmentations
+        return augmentations
 
     def check_args(args, data, world):
         if world > 1:
@@ -427,6 +432,7 @@ def replacements(base_name, enhancement, settings):
     train_step, _ = COMBINATIONS[base_name, enhancement]
     found = {"train_step": train_step, "build_nets": build_nets, "build_opts": build_opts,
              "fill_defaults": fill_defaults, "check_args": check_args,
+             "view_augmentations": view_augmentations,
              "LIMITS": LIMITS.get(enhancement, {})}
     if enhancement == "tc2":
         found["diagnose"] = tc2_diagnose

@@ -151,9 +151,8 @@ def replacements(reading):
         args.out = args.out or f"runs/tc2_{reading}"
         if reading == "features" and args.factors:
             fail(f"--factors {args.factors}: with features n_f is half of their dimensions")
-        augmentation = script_defaults(args, data, device)
+        script_defaults(args, data, device)
         args.script = f"tc2_{reading}"
-        return augmentation
 
     def check_args(args, data, world):
         if world > 1:

@@ -24,7 +24,7 @@ from barlow_sparsehead import (RHO, barlow_loss, barlow_terms, batch_head, build
                                check_args, column_norms, cross_correlation, diagnose, embed,
                                fill_defaults, input_spread, l21_norm, live_columns, parse_args,
                                prox_l21, rescaling_share, row_normalize, sparse_penalty, sparsity,
-                               standardize, train_step)
+                               standardize, train_step, view_augmentations)
 from common import Data
 from conftest import checkpoint, rows, tiny
 
@@ -523,7 +523,8 @@ def test_baseline_starts_from_the_same_weights_and_sees_the_same_augmentation():
     found = []
     for argv in ([], ["--baseline"], ["--baseline", "--penalty", "plain"]):
         args = parse_args(argv)
-        recipes = fill_defaults(args, data, torch.device("cpu"))
+        fill_defaults(args, data, torch.device("cpu"))
+        recipes = view_augmentations(args, data)
         check_args(args, data, 1)
         torch.manual_seed(0)
         found.append((build_nets(args).state_dict(), recipes, args))
@@ -550,7 +551,9 @@ def test_each_penalty_has_its_lambda(penalty, expected):
 
 def test_large_images_get_the_two_different_views_of_barlow_twins():
     data = Data("x", range(10 ** 4), None, [], None, 224, None, "")
-    first, second = fill_defaults(parse_args([]), data, torch.device("cpu"))
+    args = parse_args([])
+    fill_defaults(args, data, torch.device("cpu"))
+    first, second = view_augmentations(args, data)
     assert (first["blur_p"], second["blur_p"]) == (1.0, 0.1)
     assert (first["solarize_p"], second["solarize_p"]) == (0.0, 0.2)
     alike = ("crop", "flip", "jitter", "jitter_p", "gray_p", "mean", "std")

@@ -1300,8 +1300,8 @@ def test_gessl_carries_other_base_losses(ssl_loss, alpha, lam, steps):
 def filled(*flags, device="cpu"):
     args = byol_gessl.parse_args(list(flags))
     data = SimpleNamespace(name="shapes", size=32, train=range(4000))
-    recipes = byol_gessl.fill_defaults(args, data, torch.device(device))
-    return args, data, recipes
+    byol_gessl.fill_defaults(args, data, torch.device(device))
+    return args, data, byol_gessl.view_augmentations(args, data)
 
 
 def test_a_step_takes_m_mini_batches_and_the_baseline_one():

@@ -103,7 +103,8 @@ def test_out_is_named_after_both(monkeypatch):
         functions = combinations.replacements("byol", "tc2", {"tasks": 4})
         args = byol_gessl.parse_args(["--data", "fake", "--baseline", *flags])
         data = common.load_data("fake")
-        assert len(functions["fill_defaults"](args, data, torch.device("cpu"))) == 4
+        functions["fill_defaults"](args, data, torch.device("cpu"))
+        assert len(functions["view_augmentations"](args, data)) == 4
         assert (args.out, args.script) == (expected, "byol_tc2")
 
 
@@ -146,7 +147,8 @@ def make(pair, *flags, n=8, **changes):
     args = base.parse_args(["--data", "fake", "--arch", "resnet_tiny", "--image-size", "8",
                             "--baseline", "--batch-size", str(n), *flags])
     data = common.load_data("fake", 8)
-    recipes = functions["fill_defaults"](args, data, torch.device("cpu"))
+    functions["fill_defaults"](args, data, torch.device("cpu"))
+    recipes = functions["view_augmentations"](args, data)
     torch.manual_seed(0)
     nets = functions["build_nets"](args).double()
     opts = functions["build_opts"](nets, args)

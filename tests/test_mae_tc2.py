@@ -1099,7 +1099,8 @@ def test_pictures_have_the_colours_of_the_images(data, size, monkeypatch):
     """What the run's own augmentation normalises, its picture shows as it was."""
     found = common.Data(data, torch.zeros(9, 3, size, size), None, None, None, size, None, data)
     args = mae_tc2.parse_args(["--data", data, "--image-size", str(size), "--patch-size", "8"])
-    recipe, = mae_tc2.fill_defaults(args, found, torch.device("cpu"))
+    mae_tc2.fill_defaults(args, found, torch.device("cpu"))
+    recipe, = mae_tc2.view_augmentations(args, found)
     image = torch.rand(2, 3, size, size, generator=common.rng("colours"))
     mean = torch.tensor(recipe["mean"])[:, None, None]
     std = torch.tensor(recipe["std"])[:, None, None]
@@ -1175,7 +1176,8 @@ def test_a_run_leaves_its_files_and_warns_of_nothing(extra, tmp_path, monkeypatc
 def filled(argv, data=None):
     args = mae_tc2.parse_args(argv)
     data = data or common.load_data("fake")
-    return args, mae_tc2.fill_defaults(args, data, CPU), data
+    mae_tc2.fill_defaults(args, data, CPU)
+    return args, mae_tc2.view_augmentations(args, data), data
 
 
 def test_baseline_starts_from_the_same_weights_and_has_one_mask():

@@ -35,7 +35,9 @@ def augmentation(script, image_size):
     x = torch.zeros(600, 3, 8, 8, dtype=torch.uint8)
     labels = torch.zeros(600, dtype=torch.int64)
     data = common.Data("photos", x, labels, x, labels, image_size, ["a"], "x")
-    return script.fill_defaults(script.parse_args([]), data, torch.device("cpu"))
+    args = script.parse_args([])
+    script.fill_defaults(args, data, torch.device("cpu"))
+    return script.view_augmentations(args, data)
 
 
 @pytest.mark.parametrize("script, image_size, expected", [

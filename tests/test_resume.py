@@ -191,7 +191,8 @@ def test_baseline_starts_from_the_same_weights_and_sees_the_same_views(name):
     views = []
     for baseline in (False, True):
         args = script.parse_args(tiny(name, baseline=baseline))
-        recipes = script.fill_defaults(args, data, CPU)
+        script.fill_defaults(args, data, CPU)
+        recipes = script.view_augmentations(args, data)
         torch.manual_seed(args.seed)
         weights.append(script.build_nets(args).state_dict())
         batches = common.training_batches(data, recipes, args, 0, 1, CPU, 0, 1)

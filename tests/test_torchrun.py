@@ -100,7 +100,7 @@ def three_steps(name, flags, rank=0, world=1, n=16, norms=False):
     for part, opt in script.build_opts(nets, args).items():
         params = sum([group["params"] for group in opt.param_groups], [])
         opts[part] = torch.optim.SGD(params, 0.1 if part == "encoder" else 1e-4)
-    count = len(script.fill_defaults(args, DATA, CPU))
+    count = len(script.view_augmentations(args, DATA))
     share = slice(n // world * rank, n // world * (rank + 1))
     for step in range(3):
         views = torch.randn(count, n, 3, 8, 8, generator=common.rng(step)).double()
@@ -360,7 +360,7 @@ def steps_on_a_pretended_device(rank, world):
     for name, flags in listed(ON_A_GPU):
         script = importlib.import_module(name)
         args = settings(name, flags, 1, 16)
-        count = len(script.fill_defaults(args, DATA, CPU))
+        count = len(script.view_augmentations(args, DATA))
         nets = script.build_nets(args)
         crossings = Crossings()
         with FakeTensorMode(), crossings:
