@@ -311,7 +311,7 @@ def decode(path):
         raise OSError(str(error) or type(error).__name__) from error
 
 
-def fit(images, size, resize=None):
+def central_square(images, size, resize=None):
     """Shorter side to `resize` (default `size`), antialiased, then the central square of `size`."""
     h, w = images.shape[-2:]
     if (h, w) == (size, size) and resize in (None, size):
@@ -348,7 +348,7 @@ class Squares(torch.utils.data.Dataset):
             image = decode(path)
         except OSError as error:
             return None, i, {path: str(error)}
-        return fit(image, self.size, self.resize)[None], i, {}
+        return central_square(image, self.size, self.resize)[None], i, {}
 
 
 class Crops(torch.utils.data.Dataset):
@@ -428,7 +428,7 @@ def read_files(name, files, batches, workers, device):
             yield images.to(device, non_blocking=True), index
 
 
-def squares(name, images, size, workers, device, resize=None):
+def square_batches(name, images, size, workers, device, resize=None):
     """Yield (uint8 (n, 3, S, S) on `device`, their n indices) in order, nothing random.
 
     images: a uint8 tensor (N, 3, H, W) or a list of file names."""
@@ -436,7 +436,7 @@ def squares(name, images, size, workers, device, resize=None):
     chunks = [index.tolist() for index in torch.arange(len(images)).split(batch)]
     if torch.is_tensor(images):
         for index in chunks:
-            yield fit(images[index].to(device), size), index
+            yield central_square(images[index].to(device), size), index
     else:
         for x, index in read_files(name, Squares(images, size, resize), chunks, workers, device):
             yield x[0], index
@@ -568,9 +568,9 @@ def pick(images, rows):
 
 def decode_all(name, paths, size, workers):
     """(uint8 (n, 3, S, S), their n indices) of the files that can be decoded."""
+    batches = square_batches(name, paths, size, workers, torch.device("cpu"))
     # Copies: what the workers hand over would keep its shared memory.
-    chunks = [(images.clone(), index)
-              for images, index in squares(name, paths, size, workers, torch.device("cpu"))]
+    chunks = [(images.clone(), index) for images, index in batches]
     kept = [i for _, index in chunks for i in index]
     return torch.cat([images for images, _ in chunks]), kept
 
@@ -626,9 +626,9 @@ def load_data(name, image_size=None, workers=0):
         fail(f"--data {name}: no such folder, and not one of {', '.join(BUILT_IN)}")
 
     if image_size and torch.is_tensor(data.train):
-        data = data._replace(train=fit(data.train, image_size), size=image_size)
+        data = data._replace(train=central_square(data.train, image_size), size=image_size)
         if data.test_labels is not None:
-            data = data._replace(test=fit(data.test, image_size))
+            data = data._replace(test=central_square(data.test, image_size))
     return data
 
 
@@ -914,7 +914,7 @@ def extract_features(backbone, data_name, images, size, stats, workers, device):
     backbone.eval()
     resize = round(size * 256 / 224) if size > SMALL else None
     features, kept = [], []
-    for x, index in squares(data_name, images, size, workers, device, resize):
+    for x, index in square_batches(data_name, images, size, workers, device, resize):
         features.append(backbone(normalize(x.float() / 255, stats)).float())
         kept += index
     backbone.train(was_training)
@@ -1478,7 +1478,8 @@ def draw_views(args, data, views, index, augmentations):
     if torch.is_tensor(data.train):
         images = data.train[shown]
     else:
-        images = torch.stack([fit(decode(data.train[i]), args.image_size) for i in shown])
+        images = torch.stack([central_square(decode(data.train[i]), args.image_size)
+                              for i in shown])
     rows = {"image": images / 255}
     for v, augmentation in enumerate(augmentations):
         rows[f"view {v + 1}"] = denormalize(views[v, :8], augmentation)

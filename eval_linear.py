@@ -44,11 +44,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from common import (BUILT_IN, SMALL, Data, Parser, choose_device, decode, default_workers,
-                    draw_grid, effective_rank, extract_features, fail, find_splits, fit,
-                    list_classes, load_data, load_torch, lr_scale, make_backbone, nearest, number,
-                    pick, printable, read_log, rng, run, save, set_lr, to_device, training_batches,
-                    vote)
+from common import (BUILT_IN, SMALL, Data, Parser, central_square, choose_device, decode,
+                    default_workers, draw_grid, effective_rank, extract_features, fail,
+                    find_splits, list_classes, load_data, load_torch, lr_scale, make_backbone,
+                    nearest, number, pick, printable, read_log, rng, run, save, set_lr,
+                    to_device, training_batches, vote)
 
 GREEN = (0.1, 0.75, 0.1)                    # frames of neighbours.png: same class, another, none
 RED = (0.9, 0.1, 0.1)
@@ -615,7 +615,7 @@ class Job:
         image = getattr(self, split).images[i]
         if not torch.is_tensor(image):
             image = decode(image)
-        return fit(image, self.state["image_size"]) / 255
+        return central_square(image, self.state["image_size"]) / 255
 
 
 def weights_hash(backbone, state):

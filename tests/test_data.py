@@ -214,9 +214,9 @@ def test_images_beside_the_class_folders_are_counted(capsys):
 def test_an_image_of_the_right_size_is_cut_like_any_other():
     """The central 224 / 256, whether it was resized before or not."""
     image = noise(28, 28)
-    assert torch.equal(common.fit(image, 28), image)
+    assert torch.equal(common.central_square(image, 28), image)
     expected = common.TF.center_crop(common.TF.resize(image, [32], antialias=True), [28, 28])
-    assert torch.equal(common.fit(image, 28, 32), expected)
+    assert torch.equal(common.central_square(image, 28, 32), expected)
 
 
 def test_labels_follow_the_class_folders():
@@ -450,14 +450,14 @@ def test_files_of_every_colour_and_with_a_wrong_name_are_read():
 def test_a_strip_of_one_pixel_by_thousands_is_cut_before_it_is_resized():
     row = torch.arange(9001.0).div(40).byte().expand(3, 1, 9001)
     with Largest() as largest:
-        square = common.fit(row, 32, 37)
+        square = common.central_square(row, 32, 37)
     assert largest.bytes < 50_000 and square.shape == (3, 32, 32)
     assert square.unique().tolist() == [112]        # the middle pixel and its neighbours
-    assert common.fit(row.mT, 32).shape == (3, 32, 32)
+    assert common.central_square(row.mT, 32).shape == (3, 32, 32)
     image = noise(40, 115)                          # ordinary images are not cut before
     expected = TF.center_crop(TF.resize(image, [36], antialias=True), [32, 32])
-    assert torch.equal(common.fit(image, 32, 36), expected)
-    assert common.fit(image[None, :, :32, :32], 32).data_ptr() == image.data_ptr()
+    assert torch.equal(common.central_square(image, 32, 36), expected)
+    assert common.central_square(image[None, :, :32, :32], 32).data_ptr() == image.data_ptr()
     save_image("strip.png", row)
     files = common.Crops(["strip.png"], 24, 2, simclr_tc2.STRONG, 0)
     assert files[0, 0][0].shape == (2, 3, 24, 24)
@@ -550,7 +550,7 @@ def test_size_is_the_median_and_small_images_of_other_sizes_are_named(capsys):
     said = capsys.readouterr().out
     assert said.startswith("not all images are 24 x 24 (d/003.png is 200 x 300): they are resized")
     assert said.count("\n") == 1 and said.count("d/0") == 1
-    assert torch.equal(data.train[3], common.fit(common.decode("d/003.png"), 24))
+    assert torch.equal(data.train[3], common.central_square(common.decode("d/003.png"), 24))
 
     assert common.load_data("d", image_size=32).train.shape == (30, 3, 32, 32)
     assert not capsys.readouterr().out                  # who names a size knows

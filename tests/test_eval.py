@@ -857,7 +857,7 @@ def test_features_are_of_the_runs_own_size_and_preprocessing():
     data_folder()
     job = eval_linear.Job(parsed("r", "--data", "d"))
     x, y, kept = job.features("train")
-    images = common.fit(common.load_data("d").train, 48).float() / 255
+    images = common.central_square(common.load_data("d").train, 48).float() / 255
     close(x, job.backbone((images - 0.5) / 0.25))
     assert y.tolist() == [0] * 8 + [1] * 8 and kept.tolist() == list(range(16))
 

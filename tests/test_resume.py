@@ -414,12 +414,12 @@ def test_small_images_are_copied_out_of_the_workers_shared_memory():
     assert kept == [0, 1, 2] and not images.is_shared()
     chunks = []
 
-    def squares(*_):
+    def square_batches(*_):
         chunks.append(torch.zeros(2, 3, 4, 4).share_memory_())
         yield chunks[0], [0, 1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "squares", squares)
+        patch.setattr(common, "square_batches", square_batches)
         images, _ = common.decode_all("d", paths, 4, workers=1)
     assert images.data_ptr() != chunks[0].data_ptr() and not images.is_shared()
 
