@@ -1262,11 +1262,13 @@ class Log:
         self.pending = {}
         for step, row in zip(steps, table):
             for name, value in zip(self.names, row):
-                self.check(step, name, value)
+                if not math.isfinite(value):
+                    self.fail_not_finite(step, name)
+                self.warn(step, name, value)
         weights = nets.state_dict()
         finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
         if not all(finite):
-            self.end_badly(steps[-1], list(weights)[finite.index(False)])
+            self.fail_not_finite(steps[-1], list(weights)[finite.index(False)])
 
         rate = self.images_per_step / seconds
         last = dict(zip(self.names, table[-1]))
@@ -1287,12 +1289,6 @@ class Log:
         self.append(step=step, **found)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
         self.show(f"step {step}  {shown}")
-
-    def check(self, step, name, value):
-        """A term that is not finite ends the run."""
-        if not math.isfinite(value):
-            self.end_badly(step, name)
-        self.warn(step, name, value)
 
     def warn(self, step, name, value):
         """A term above its limit warns, once."""
@@ -1331,8 +1327,8 @@ class Log:
             dist.barrier()                      # none leaves while another one still writes
             dist.destroy_process_group()
 
-    def end_badly(self, step, name):
-        """A term or a weight is not finite."""
+    def fail_not_finite(self, step, name):
+        """End the run: a term or a weight is not finite."""
         if self.rank == 0:
             plot_curves(self.out)
             print(f"error: {name} is not finite at step {step}; the last checkpoint in {self.out}, "
