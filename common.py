@@ -646,20 +646,21 @@ def training_batches(data, augmentations, args, rank, world, device, start, stop
     share = slice(rank * n, (rank + 1) * n)
 
     def batches():
+        """For each step the keys (epoch, i) of this process's images, see `Crops`."""
         order = None
         for step in range(start, stop):
-            epoch, i = divmod(step, per_epoch)
-            if i == 0 or order is None:
+            epoch, batch = divmod(step, per_epoch)
+            if batch == 0 or order is None:
                 order = torch.randperm(len(data.train), generator=rng(args.seed, epoch))
-            batch = order[i * batch_size:(i + 1) * batch_size]
-            yield [(epoch, image) for image in batch[share].tolist()]
+            index = order[batch * batch_size:(batch + 1) * batch_size]
+            yield [(epoch, i) for i in index[share].tolist()]
 
     def from_memory():
         train = data.train.to(device)
-        for batch in batches():
-            index = [image for _, image in batch]
+        for keys in batches():
+            index = [i for _, i in keys]
             images = train[to_device(torch.tensor(index), device)]
-            yield [images] * len(augmentations), index
+            yield [images] * len(augmentations), index      # every view is of the same images
 
     if torch.is_tensor(data.train):
         loader = from_memory()
@@ -674,9 +675,9 @@ def training_batches(data, augmentations, args, rank, world, device, start, stop
         for v, augmentation in enumerate(augmentations):
             # The draws are made for the joined batch of all processes, each takes its share.
             g = rng(args.seed, step, v, 0)          # four numbers: not a key of a crop, see `Crops`
-            operations = torch.randperm(4, generator=g).tolist()
+            colour_order = torch.randperm(4, generator=g).tolist()
             u = torch.rand(batch_size, AUGMENT_DRAWS, generator=g)[share]
-            view = augment(images[v], to_device(u, device), operations, augmentation, size)
+            view = augment(images[v], to_device(u, device), colour_order, augmentation, size)
             views.append(view)
         yield torch.stack(views), index
 
@@ -780,11 +781,11 @@ def gaussian_blur(x, sigma):
     return blur @ x @ blur.mT                                           # columns, then rows
 
 
-def augment(images, u, order, augmentation, size=None):
+def augment(images, u, colour_order, augmentation, size=None):
     """One view of each image, a pure function of the random numbers that it is given.
 
     images (n, 3, H, W) uint8 -> (n, 3, S, S) float, normalised. u (n, AUGMENT_DRAWS) uniform in
-    [0, 1); order: a permutation of the four colour operations; augmentation: a view's, see
+    [0, 1); colour_order: a permutation of the four colour operations; augmentation: a view's, see
     AUGMENTATION in a script; size: S, or None for images that are cropped already."""
     box_draws, draws = u[:, :BOX_DRAWS], u[:, BOX_DRAWS:]
     flip, jitter, *strengths, gray, blur, sigma, solarize = draws.unbind(1)
@@ -796,7 +797,7 @@ def augment(images, u, order, augmentation, size=None):
 
     operations = (brightness, contrast, saturation, hue)
     jittered = jitter < augmentation["jitter_p"]
-    for i in order:
+    for i in colour_order:
         strength = augmentation["jitter"][i]
         if not strength:
             continue
