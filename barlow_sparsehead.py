@@ -302,21 +302,22 @@ def rescaling_share(W):
 def train_step(nets, opts, views, args, progress):
     """One step, optimiser included: views (2, n, 3, height, width) of this process -> terms to log.
 
-    loss_ssl      loss_invariance + loss_redundancy, the two terms of Barlow Twins' loss
-    loss_sparse   the penalty without its weight, of W before the step; prox, bilevel, --baseline:
-                  L2,1 of W with unit rows, which is not in the loss
-    l21 .. zero_columns   see `sparsity`, of W after the step
-    live_inputs   live_columns of W after the step times this batch's `input_spread`: the share of
-                  the inputs that are used
-    std_z         spread of z1 over directions: 0.6 to 0.95 in our runs; 0 = collapsed
-    var_z         variance of z1, mean over its dimensions: should stay far above the epsilon of
-                  `standardize`, 1e-5; rownorm lowers it
-    rescaling     plain: the part of the penalty's gradient that the loss does not see, of W after
-                  the step, see `rescaling_share`
-    batch_columns, support_change   bilevel: share of columns live in W^t; share live in one of W
-                  and W^t alone, W after it has followed: in the main those that W^t has dropped
+    loss_ssl         loss_invariance + loss_redundancy, the two terms of Barlow Twins' loss.
+    loss_sparse      The penalty without its weight, of W before the step. With prox, bilevel and
+                     --baseline it is the L2,1 norm of W with unit rows, and not in the loss.
+    l21 .. zero_columns   See `sparsity`, of W after the step.
+    live_inputs      Share of the inputs that are used: live_columns of W after the step, times this
+                     batch's `input_spread`.
+    std_z            Spread of z1 over directions. 0.6 to 0.95 in our runs, 0 is collapsed.
+    var_z            Variance of z1, the mean over its dimensions. It should stay far above the
+                     epsilon of `standardize`, 1e-5; rownorm lowers it.
+    rescaling        With plain: the part of the penalty's gradient that only changes the length of
+                     rows, which the loss does not see. See `rescaling_share`.
+    batch_columns    With bilevel: share of the columns that are live in W^t.
+    support_change   With bilevel: share of the columns that are live in one of W and W^t alone,
+                     once W has followed. They are in the main those that W^t has dropped.
 
-    progress, the share of the training done, is not used: it is for methods that change with it.
+    progress, the share of the training done, is for methods that change with it; this one does not.
 
     [Barlow Twins Algorithm 1, with SparseHead's Section 6]"""
     opt = opts["encoder"]
@@ -369,9 +370,11 @@ def train_step(nets, opts, views, args, progress):
 
 # ---- what is measured at evaluations -------------------------------------------------------------
 def diagnose(nets, views, args):
-    """rank_r, rank_z: effective ranks of representation and embedding, first view, last batch.
+    """The last batch at the present weights, its first view: terms to log.
 
-    At most n - 1; over the test set, as in the paper: results/measures.py.
+    rank_r, rank_z   Effective rank of the representation and of the embedding: at most n - 1. Over
+                     the test set, as in the paper: results/measures.py.
+
     [SparseHead Figs. 1 and 3]"""
     with torch.no_grad(), batch_stats_only(nets):
         r, _, z = embed(nets, views, args)

@@ -497,19 +497,22 @@ def byol_task(online, x, z_target, theta, args):
 def train_step(nets, opts, views, args, progress):
     """One outer step, optimiser included: views (2, M N / processes, 3, H, W) -> terms to log.
 
-    A task is N images in a row. The terms are means over tasks where nothing else is said.
-    loss_kl          Eq. 3, or what --outer-loss names
-    loss_ssl         BYOL's loss at theta; loss_ssl_inner: after K steps of Eq. 2; loss_ssl_target:
-                     after K + lambda. Each should be below the one before
-    entropy_pi       of the target's softmax over log N; at 1 pi is uniform, the KL teaches nothing
-    curvature        largest alpha ||H v|| / ||v|| that the hypergradient met, times K for neumann
-                     and cg, 0 for exact and first-order; a lower bound, the mean over tasks; should
-                     be below 1
-    negative_curvature  share of tasks where conjugate gradients stopped for it; should be 0
-    std_z            spread of z' over directions, first view of the last task; near 1 is good, 0 =
-                     collapsed
-    cos_outer_ssl    cosine of the outer gradient (hypergradient, or that of --lookahead) and
-                     BYOL's, each the mean over tasks; outer_to_ssl: ratio of their lengths
+    A task is N images in a row. A term is the mean over tasks where nothing else is said.
+    loss_kl              Eq. 3, or the distance that --outer-loss names.
+    loss_ssl             BYOL's loss at theta.
+    loss_ssl_inner       The same after K steps of Eq. 2. It should be below loss_ssl.
+    loss_ssl_target      The same after K + lambda steps. It should be below loss_ssl_inner.
+    entropy_pi           Entropy of the target's softmax, divided by log N. At 1 pi is uniform, and
+                         the KL teaches nothing.
+    curvature            Largest alpha ||H v|| / ||v|| that the hypergradient met: a lower bound of
+                         what should be below 1. Times K for neumann and cg, 0 for exact and
+                         first-order.
+    negative_curvature   Share of tasks where conjugate gradients stopped for it. It should be 0.
+    std_z                Spread of z' over directions, of the last task's first view. Near 1 is
+                         good, 0 is collapsed.
+    cos_outer_ssl        Cosine of the outer gradient (the hypergradient, or that of --lookahead)
+                         and BYOL's gradient, each the mean over tasks.
+    outer_to_ssl         Length of the first of these, divided by that of the second.
 
     --lookahead has no loss_kl, entropy_pi and curvature, --baseline loss_ssl and std_z alone.
     progress in [0, 1): the share of the training done before this step."""
@@ -592,13 +595,14 @@ def adaptation(task, theta, alpha):
 
 
 def diagnose(nets, views, args):
-    """The last batch at the present weights: terms to log. All but the first are of its first task.
+    """The last batch at the present weights: terms to log, of its first task but for adapted_*.
 
-    adapted_*         percent of a task's views that pi takes for the right image, before and after
-                      one step of Eq. 2 on the model's own loss, the mean over tasks
-    rank_z, rank_p    effective rank of projection and prediction; should not fall to a few
-    std_p             spread of the prediction over directions; near 1, 0 = collapsed
-    alpha_lambda_max  alpha times the largest curvature of a task's loss; below 1; up to 96 px"""
+    adapted_*           Percent of a task's views that pi takes for the right image, before and
+                        after one step of Eq. 2 on the model's own loss, the mean over tasks.
+    rank_z, rank_p      Effective rank of projection and prediction. It should not fall to a few.
+    std_p               Spread of the prediction over directions. Near 1 is good, 0 is collapsed.
+    alpha_lambda_max    Alpha times the largest curvature of the task's loss, for images up to 96
+                        px. It should be below 1."""
     online = online_network(nets)
     theta = flatten(online)
     M = 1 if args.baseline else args.tasks // world_size()

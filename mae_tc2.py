@@ -554,13 +554,13 @@ def calibrated_tokens(t, V, weight_net):
 def train_step(nets, opts, views, args, progress):
     """One step, optimisers included: views (1, K n, 3, H, W) of this process -> terms to log.
 
-    loss_query     L_sse of Eq. 7, the error of the query masks at theta_k
-    loss_support   error of the support masks before the inner step
-    loss_ssl       of the baseline: the error of its masks
-    inner_step     length of the last task's inner step over that of the weights; one of 0.004 ended
-                   1.1 +- 1.1 points lower, one of 0.1 harms
-    loss_v, loss_w Eqs. 1 and 2 in Eq. 5, loss_w of the query masks alone; loss_factors_*: the first
-                   terms of Eqs. 4 and 5
+    loss_query        L_sse of Eq. 7: the error of the query masks at theta_k.
+    loss_support      The error of the support masks before the inner step.
+    loss_ssl          The error of all masks, the one loss of --baseline.
+    inner_step        Length of the last task's inner step, divided by that of the weights. One of
+                      0.004 ended 1.1 +- 1.1 points lower, one of 0.1 harms.
+    loss_v, loss_w    Eqs. 1 and 2, as they stand in Eq. 5: loss_w of the query masks alone.
+    loss_factors_*    The first terms of Eqs. 4 and 5.
 
     progress, the share of the training done, chooses the masks. [TC2 Algorithm 1]"""
     x = views[0]
@@ -651,11 +651,12 @@ def attention_kernel(twice):
 def diagnose(nets, views, args):
     """The last batch under one mask each, at the present weights: terms to log.
 
-    rank_z, rank_z_hat   effective rank of all tokens; not falling to a few
-    cos_z_hat            cosine of a token before and after calibration; 1 = not moved. Calibrated
-                         here even with --without calibration
-    loss_*               errors of the rows of reconstructions.png, which is drawn here: eight
-                         images, masked, reconstructed, and reconstructed from calibrated tokens"""
+    rank_z, rank_z_hat   Effective rank of all tokens, before and after calibration. It should not
+                         fall to a few.
+    cos_z_hat            Cosine of a token before and after calibration, at 1 it is not moved.
+                         Calibrated here even with --without calibration.
+    loss_*               Errors of the rows of reconstructions.png, which is drawn here: eight
+                         images, masked, reconstructed, and reconstructed from calibrated tokens."""
     x = views[0]
     # Progress -1, which no step has: the same masks at every evaluation.
     orders = draw_masks(args, len(x), -1, x.device)[:1]                 # (1, n, L)

@@ -386,17 +386,21 @@ def train_step(nets, opts, views, args, progress):
     """One step, optimisers included: views (m, K n, 3, H, W) of this process -> terms to log.
 
     [TC2 Algorithm 1]
-    loss_query       L_sse of Eq. 7; brier: below 1 - 1 / n, its value at collapse
-    loss_support     InfoNCE before the inner step; below log((m // 2) n - 1), that of collapse
-    inner_step       length of the last task's inner step beside the weights; harms if it stays
-                     above 0.02, a warning comes at 0.1
-    std_z, std_z_hat  spread over directions; near 1 is good, 0 = collapsed; the first view's, from
-                     before the step, calibrated by f_v and f_w after it
-    loss_v, loss_w   Eqs. 1 and 2 in Eq. 5; loss_factors_*: the first terms of Eqs. 4 and 5
-    cos_z_hat        cosine of these; 1 = calibration turns nothing, or --without calibration
-    loss_ssl         of the baseline: its InfoNCE
+    loss_query         L_sse of Eq. 7. With brier it should be below 1 - 1 / n, its value where all
+                       embeddings are alike (collapse).
+    loss_support       InfoNCE before the inner step. It should be below log((m // 2) n - 1), its
+                       value at collapse.
+    inner_step         Length of the last task's inner step, divided by that of the weights. It
+                       harms if it stays above 0.02; above 0.1 a warning comes.
+    std_z, std_z_hat   Spread over directions, of the first view: near 1 is good, 0 is collapsed. z
+                       is from before the step, z_hat is made of it by f_v and f_w after the step.
+    cos_z_hat          Cosine of z and z_hat. At 1 calibration turns nothing.
+    loss_v, loss_w     Eqs. 1 and 2, as they stand in Eq. 5.
+    loss_factors_*     The first terms of Eqs. 4 and 5.
+    loss_ssl           InfoNCE, the one loss of --baseline.
 
-    progress, the share of the training done, is for scripts that change with it; not this one."""
+    progress, the share of the training done, is for scripts that change with it; this one does
+    not."""
     if args.baseline:
         return simclr_step(nets, opts, views, args)
     encoder = nn.Sequential(nets["backbone"], nets["projector"])
@@ -496,18 +500,21 @@ def instance_accuracy(z):
 def diagnose(nets, views, args):
     """This process's last batch at the present weights, in K groups (4 if K = 1): terms to log.
 
-    rank_z, rank_z_hat   effective rank of the embeddings before and after calibration
-    conflict_*     gradients of the groups' InfoNCE, on z (raw) and on z_hat (calibrated). The
-                   groups are random, and small ones alone give small cosines [TC2 Fig. 1b/c]
-    adapted_*      instance accuracy of z in a group before and after one step of Eq. 6 on the
-                   model's own loss [GeSSL Definition 3.1]
-    orthogonality  first term of Eq. 1; explained_by_w: share of Z that W V^T keeps; zero_weights:
-                   share of |W| below 0.01"""
+    rank_z, rank_z_hat   Effective rank of the embeddings, before and after calibration.
+    conflict_*           Gradients of the groups' InfoNCE, on z (raw) and on z_hat (calibrated):
+                         mean cosine, and share of negative cosines. The groups are random, and
+                         gradients of small groups have small cosines anyway. [TC2 Fig. 1b/c]
+    adapted_*            Instance accuracy of z in a group, before and after one step of Eq. 6 on
+                         the loss that the model is trained on. [GeSSL Definition 3.1]
+    orthogonality        The first term of Eq. 1.
+    explained_by_w       Share of Z that W V^T keeps.
+    zero_weights         Share of |W| below 0.01."""
     encoder = nn.Sequential(nets["backbone"], nets["projector"])
     theta = dict(encoder.named_parameters())
     calibrating = not args.baseline and "calibration" not in args.without
     K = args.tasks if args.tasks > 1 else 4
-    # At least two groups, of two images or more: one of many processes has few. A rest is left out.
+    # At least two groups of two images or more: one process of many has few images. Those that fill
+    # no group are left out.
     K = max(2, min(K, views.shape[1] // 2))
     n = views.shape[1] // K
     tasks = views[:, :K * n].unflatten(1, (K, n)).transpose(0, 1)       # (K, m, n, 3, H, W)
