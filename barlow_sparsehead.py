@@ -452,7 +452,7 @@ def main(argv=None):
     if args.sync_bn:
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 16   # views, tasks and evaluations differ in shape
+        torch._dynamo.config.recompile_limit = 16   # views, tasks, evaluations differ in shape
         torch._functorch.config.donated_buffer = False      # a `diagnose` may go backward twice
         nets["backbone"].compile()
     opts = build_opts(nets, args)
@@ -485,7 +485,7 @@ def main(argv=None):
         if start >= stop:
             log.show(f"complete at step {start}: nothing is left to train")
 
-        # A step of gradient descent is `train_step`; what stands around it looks, logs and saves.
+        # `train_step` is one step of gradient descent. The lines around it look, log and save.
         batches = training_batches(data, augmentations, args, rank, world, device, start, stop)
         for step, (views, index) in enumerate(batches, start + 1):      # counts steps that are done
             if step == 1 and rank == 0:
@@ -500,7 +500,7 @@ def main(argv=None):
             evaluate_now = last or (epoch_end and (step // per_epoch) % args.eval_every == 0)
             if epoch_end or signum or step % args.log_every == 0:
                 log.write(nets, opts["encoder"].param_groups[0]["lr"])
-            if signum and rank == 0:                # an evaluation may last longer than the grace
+            if signum and rank == 0:                # first: an evaluation may outlast the grace
                 save_run(args, step, nets, opts, augmentations[0], settings)
             if evaluate_now:
                 log.event(step, **evaluate(nets["backbone"]), **diagnose(nets, views, args))
