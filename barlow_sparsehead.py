@@ -112,7 +112,7 @@ RECIPES = {
 # A term above its limit warns once, on the screen and in the log.
 LIMITS = {"rescaling": (0.5, "most of the penalty's gradient rescales rows of W, and the loss does "
                              "not see the scale of a row of W: a large lambda shrinks all of W, "
-                             "none removes a column; --penalty rownorm and prox do"),
+                             "none removed a column in our runs; --penalty rownorm and prox do"),
           "zero_columns": (0.99999, "all of W is zero, and nothing will train any more: lower "
                                     "--lambda-sparse")}
 
@@ -279,8 +279,9 @@ def sparsity(W):
 
     l21, frobenius  norms of W
     l21_normalized  l21 with unit rows over sqrt(m H): 1 = columns alike, 1 / sqrt(H) = one left
-    live_columns    share of columns above a thousandth of the largest
-    zero_columns    share of columns that are exactly zero"""
+    live_columns    share of columns above a thousandth of the largest; settled only once the
+                    learning rate is near 0
+    zero_columns    share of columns that are exactly zero now; the next step may revive them"""
     return {"l21": l21_norm(W), "frobenius": torch.linalg.matrix_norm(W),
             "l21_normalized": l21_norm(row_normalize(W)) / math.sqrt(W.numel()),
             "live_columns": live_columns(W).to(W.dtype).mean(),
@@ -308,9 +309,10 @@ def train_step(nets, opts, views, args, progress):
     l21 .. zero_columns   See `sparsity`, of W after the step.
     live_inputs      Share of the inputs that are used: live_columns of W after the step, times this
                      batch's `input_spread`.
-    std_z            Spread of z1 over directions. 0.6 to 0.95 in our runs, 0 is collapsed.
+    std_z            Spread of z1 over directions. Low is a collapse, or a constant that all z have
+                     in common and that the loss does not see: 0.22 in a run of rownorm that learnt.
     var_z            Variance of z1, the mean over its dimensions. It should stay far above the
-                     epsilon of `standardize`, 1e-5; rownorm lowers it.
+                     epsilon of `standardize`, 1e-5. The penalties lower it, to 1e-3 in our runs.
     rescaling        With plain: the part of the penalty's gradient that only changes the length of
                      rows, which the loss does not see. See `rescaling_share`.
     batch_columns    With bilevel: share of the columns that are live in W^t.
@@ -372,8 +374,9 @@ def train_step(nets, opts, views, args, progress):
 def diagnose(nets, views, args):
     """The last batch at the present weights, its first view: terms to log.
 
-    rank_r, rank_z   Effective rank of the representation and of the embedding: at most n - 1. Over
-                     the test set, as in the paper: results/measures.py.
+    rank_r, rank_z   Effective rank of the representation and of the embedding: at most n - 1, for
+                     n images of this process. Over the test set, as in the paper:
+                     results/measures.py.
 
     [SparseHead Figs. 1 and 3]"""
     with torch.no_grad(), batch_stats_only(nets):
@@ -402,11 +405,12 @@ def parse_args(argv=None):
     add("--lambda-sparse", type=number(float, 0),
         help="lambda of Eq. 13; prox multiplies it by the step's learning rate, bilevel by "
         "--inner-lr; 0 = off (no unit rows in prox; bilevel still takes its inner steps) "
-        "(default: 0.3 rownorm, 3 prox, 1 bilevel, 1e-4 plain as in the paper)")
+        "(default: 0.3 rownorm and inputs, 3 prox, 1 bilevel, 1e-4 plain as in the paper; prox "
+        "needs more at --dim above 128, in proportion to its root)")
     add("--inner-steps", type=number(int, 0), default=5,
         help="bilevel: proximal steps from W to a batch's own; 0 = none, W stays (default: 5)")
     add("--inner-lr", type=number(float, 0), default=0.01,
-        help="bilevel: their learning rate (default: 0.01)")
+        help="bilevel: their learning rate; at --dim above 1000 try 0.001 (default: 0.01)")
     return parse(p, argv, ("penalty", "inner_steps", "inner_lr"))
 
 
