@@ -45,7 +45,7 @@ Deviations from the paper, numbered as in results/tc2.md, which has the evidence
 the first four:
   (1) V is orthonormal by QR, not by the penalty alone.
   (2) f_w has a skip path z V.
-  (3) z has norm sqrt(d): at unit norm Eq. 2 makes W = 0.
+  (3) z has norm sqrt(d): at unit norm Eq. 2 leaves a sample at most three weights.
   (4) The query error is that of the implicit n-way classification of a task: the squared distance
       of views collapses.
   (5) Eq. 7 is first order by default.
@@ -79,8 +79,9 @@ STRONG = {**WEAK, "crop": (0.08, 1.0), "jitter": (0.8, 0.8, 0.8, 0.2), "gray_p":
           "blur_p": 0.5, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 AUGMENTATION = {"shapes": WEAK, "small": WEAK, "imagenet": STRONG}
 
-# The paper states no optimiser. small: the pre-training of Ermolov et al. 2021, whom it cites for
-# the linear probe, with a cosine schedule. imagenet: ours. Only shapes has been run as it stands.
+# The paper states no optimiser. small: the pre-training of Ermolov et al. 2021 on CIFAR, whom it
+# cites for the linear probe, with a cosine schedule. imagenet: ours. Only shapes has been run as it
+# stands.
 RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 5, "batch_size": 64, "lr": 3e-3,
                "weight_decay": 1e-6, "warmup_epochs": 1.0, "eval_every": 1,
@@ -221,7 +222,7 @@ class WeightNet(nn.Module):
     its loss reaches f_v. The MLP starts at zero: calibration starts as the projection on V."""
     def __init__(self, dim, n_factors, skip=True, hidden=128):
         super().__init__()
-        self.mlp = mlp(dim, hidden, n_factors)
+        self.mlp = mlp(dim, max(hidden, n_factors), n_factors)
         self.skip = skip
         if skip:
             nn.init.zeros_(self.mlp[-1].weight)
@@ -387,11 +388,11 @@ def train_step(nets, opts, views, args, progress):
 
     [TC2 Algorithm 1]
     loss_query         L_sse of Eq. 7. With brier it should be below 1 - 1 / n, its value where all
-                       embeddings are alike (collapse).
+                       embeddings are alike (collapse). At n = 128 and tau = 0.5 the best is 0.90.
     loss_support       InfoNCE before the inner step. It should be below log((m // 2) n - 1), its
                        value at collapse.
-    inner_step         Length of the last task's inner step, divided by that of the weights. It
-                       harms if it stays above 0.02; above 0.1 a warning comes.
+    inner_step         Length of the last task's inner step, divided by that of the weights. 0.001
+                       to 0.005 in our runs; above 0.1 a warning comes.
     std_z, std_z_hat   Spread over directions, of the first view: near 1 is good, 0 is collapsed. z
                        is from before the step, z_hat is made of it by f_v and f_w after the step.
     cos_z_hat          Cosine of z and z_hat. At 1 calibration turns nothing.
@@ -444,8 +445,8 @@ def train_step(nets, opts, views, args, progress):
                 theta_k = inner_step(theta, loss_support, args.inner_lr, args.second_order)
                 support_losses.append(loss_support.detach())
 
-            # All m views: the anchors are the support views at theta_k. Those of Eq. 6, at theta,
-            # would save half of this pass, and cost 6 points of accuracy (results/tc2.md, row 4).
+            # All m views: brier's anchors are the support views at theta_k. Those of Eq. 6, at
+            # theta, would save half of this pass, and cost 6 points (results/tc2.md, row 4).
             z_hat = calibrated(embed(encoder, x, args, theta_k))
             loss_query = query_loss(z_hat, args)
 
@@ -499,6 +500,7 @@ def instance_accuracy(z):
 
 def diagnose(nets, views, args):
     """This process's last batch at the present weights, in K groups (4 if K = 1): terms to log.
+    With P processes the groups are P times smaller than the tasks.
 
     rank_z, rank_z_hat   Effective rank of the embeddings, before and after calibration.
     conflict_*           Gradients of the groups' InfoNCE, on z (raw) and on z_hat (calibrated):

@@ -452,7 +452,8 @@ def test_factor_loss_with_more_factors_than_dimensions_is_at_least_the_excess():
 
 @pytest.mark.parametrize("d, n_f, norm", [(8, 8, 3.0), (8, 3, 3.0), (64, 64, 1.0)])
 def test_weight_loss_is_least_at_the_soft_threshold(d, n_f, norm):
-    """[TC2 Eq. 2] A lasso with orthonormal V; for unit z in 64 dimensions its answer is W = 0."""
+    """[TC2 Eq. 2] A lasso with orthonormal V. Of a unit z at most three coordinates are above 1/2;
+    in 64 dimensions a random one has none, and the answer is W = 0."""
     z = norm * F.normalize(randn(20, d), dim=1)
     V = orthonormal(d, n_f, seed=1)
     a = z @ V
@@ -464,6 +465,13 @@ def test_weight_loss_is_least_at_the_soft_threshold(d, n_f, norm):
     assert bool((W == 0).all()) == (norm == 1)
     for seed, size in enumerate([1e-4, 1e-2, 1.0]):
         assert weight_loss(z, W + size * randn(20, n_f, seed=seed), V) > best
+
+
+def test_weights_can_have_full_rank_at_any_number_of_factors():
+    """With fewer hidden units than factors the MLP would leave W to a part of their space."""
+    z = randn(400, 300)
+    net = seeded(WeightNet, 300, 200, skip=False)
+    assert torch.linalg.matrix_rank(net(z, orthonormal(300, 200))) == 200
 
 
 def test_losses_in_factor_space_equal_losses_of_the_calibrated_embedding():
