@@ -33,8 +33,9 @@ One step, [GeSSL Algorithm 1]:
   torchrun --nproc-per-node 8 byol_gessl.py --data /imagenet100   whole tasks: M = 8, one a process
 
 Controls:
-  --baseline                    BYOL on mini-batches of N
-  --baseline --batch-size MN    BYOL on the images of one outer step [GeSSL Table 22]
+  --baseline                    BYOL on mini-batches of N; with torchrun add --sync-bn
+  --baseline --batch-size MN    BYOL on the images of one outer step [GeSSL Table 22]; the same
+                                memory of its average: --ema-decay DECAY^M
   --lookahead                   the same inner loop without the KL
   --hypergrad first-order       no second derivative
   --ssl-weight 0                Eq. 4 word for word
@@ -43,12 +44,12 @@ Result (results/gessl.md): at CPU scale GeSSL trains, does not collapse, and doe
 not run at ImageNet scale.
 
 Deviations from the paper, numbered as in results/gessl.md, which has the others and the evidence:
-  (1) pi is a softmax over the N anchors of BYOL's loss: a learned head does not train.
+  (1) pi is a softmax over the N anchors of BYOL's loss: in a pilot a learned head did not train.
   (2) Appendix C also speaks of N binary problems: --outer-loss bernoulli.
   (3) BYOL's gradient is added to Eq. 4; --ssl-weight 0 undoes it.
   (4) Eqs. 18-21 are printed for two variables; here one, theta, starts the inner loop and is
       adapted by it.
-  (5) The difference of Eq. 21 is taken backward: the forward one diverges.
+  (5) The difference of Eq. 21 is taken backward: with a forward one curvature grew without end.
   (7) AdamW, not SGD.
   (8) Eqs. 3 and 4 are means, not sums.
   (9) Two views of an image, where Appendix C augments it 5 times.
@@ -87,9 +88,9 @@ AUGMENTATION = {
     "imagenet": [{**STRONG, "blur_p": 1.0}, {**STRONG, "blur_p": 0.1, "solarize_p": 0.2}],
 }
 
-# N and M as in GeSSL's Appendix G.5, lambda = 10 as in its Section 5; M and lambda of shapes are
-# ours. The paper states neither alpha nor beta, nor a projector: imagenet has BYOL's. Only shapes
-# has been run as it stands.
+# N (or 16) and M as in GeSSL's Appendix G.5, lambda = 10 as in its Section 5; M and lambda of
+# shapes are ours. The paper states neither alpha nor beta, nor a projector: imagenet has the widths
+# of BYOL's. Only shapes has been run as it stands.
 RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 4, "batch_size": 32, "lr": 5e-3,
                "weight_decay": 1e-4, "warmup_epochs": 0.5, "eval_every": 1,
@@ -101,14 +102,14 @@ RECIPES = {
               "temperature": 0.2, "ema_decay": 0.996, "hidden": 1024, "dim": 128},
     "imagenet": {"arch": "resnet50", "epochs": 200, "batch_size": 32, "lr": 1e-3,
                  "weight_decay": 1e-4, "warmup_epochs": 10.0, "eval_every": 10,
-                 "tasks": 8, "target_steps": 10, "inner_lr": 0.02,
+                 "tasks": 8, "target_steps": 10, "inner_lr": 0.005,
                  "temperature": 0.2, "ema_decay": 0.999, "hidden": 4096, "dim": 256},
 }
 
 # A term above its limit warns once, on the screen and in the log.
-LIMITS = {"curvature": (1, "the step of Eq. 2 overshoots (fd), or a Neumann series diverges: "
+LIMITS = {"curvature": (1, "the step of Eq. 2 may overshoot (fd), or a Neumann series diverge: "
                            "lower --inner-lr"),
-          "alpha_lambda_max": (1, "the step of Eq. 2 overshoots: lower --inner-lr"),
+          "alpha_lambda_max": (1, "the step of Eq. 2 may overshoot: lower --inner-lr"),
           "negative_curvature": (0, "conjugate gradients met negative curvature and stopped early: "
                                     "lower --inner-lr")}
 
@@ -504,14 +505,14 @@ def train_step(nets, opts, views, args, progress):
     loss_ssl_target      The same after K + lambda steps. It should be below loss_ssl_inner.
     entropy_pi           Entropy of the target's softmax, divided by log N. At 1 pi is uniform, and
                          the KL teaches nothing.
-    curvature            Largest alpha ||H v|| / ||v|| that the hypergradient met: a lower bound of
-                         what should be below 1. Times K for neumann and cg, 0 for exact and
-                         first-order.
+    curvature            Largest alpha ||H v|| / ||v|| that the hypergradient met. It should be
+                         below 1; with fd the kinks of ReLU add to it, up to five times at the
+                         start. Times K for neumann and cg, 0 for exact and first-order.
     negative_curvature   Share of tasks where conjugate gradients stopped for it. It should be 0.
     std_z                Spread of z' over directions, of the last task's first view. Near 1 is
                          good, 0 is collapsed.
     cos_outer_ssl        Cosine of the outer gradient (the hypergradient, or that of --lookahead)
-                         and BYOL's gradient, each the mean over tasks.
+                         and BYOL's gradient, each the mean over the tasks of its process.
     outer_to_ssl         Length of the first of these, divided by that of the second.
 
     --lookahead has no loss_kl, entropy_pi and curvature, --baseline loss_ssl and std_z alone.
@@ -568,7 +569,8 @@ def train_step(nets, opts, views, args, progress):
 def curvature_probe(task, theta, iterations=10):
     """About the largest |eigenvalue| of the Hessian of l at theta (P,), by power iteration.
 
-    Eq. 2 descends while alpha times it is below 2; above 1 it overshoots the minimum."""
+    Eq. 2 descends while alpha times it is below 2. Above 1 it overshoots the minimum where the
+    eigenvalue is positive; at the start the largest is often negative."""
     hvp = exact_hvp(task, theta)
     v = torch.ones_like(theta)
     for _ in range(iterations):
@@ -598,7 +600,8 @@ def diagnose(nets, views, args):
     """The last batch at the present weights: terms to log, of its first task but for adapted_*.
 
     adapted_*           Percent of a task's views that pi takes for the right image, before and
-                        after one step of Eq. 2 on the model's own loss, the mean over tasks.
+                        after one step of Eq. 2 on the model's own loss, the mean over the tasks of
+                        the first process.
     rank_z, rank_p      Effective rank of projection and prediction. It should not fall to a few.
     std_p               Spread of the prediction over directions. Near 1 is good, 0 is collapsed.
     alpha_lambda_max    Alpha times the largest curvature of the task's loss, for images up to 96
@@ -634,7 +637,7 @@ def parse_args(argv=None):
     add("--tasks", type=number(int, 1),
         help="M, mini-batches of --batch-size images per outer step (paper: n = 8)")
     add("--inner-steps", type=number(int, 1), default=1,
-        help="K, steps of Eq. 2 (default: 1 as in the paper)")
+        help="K, steps of Eq. 2 (default: 1 as in the paper); the more, the lower --inner-lr")
     add("--target-steps", type=number(int, 0),
         help="lambda, further steps to the self-motivated target (paper: 10); 0 = no target")
     add("--inner-lr", type=number(float, 1e-12),
@@ -649,7 +652,8 @@ def parse_args(argv=None):
     add("--ssl-weight", type=number(float, 0), default=1.0,
         help="weight of BYOL's gradient beside Eq. 4; 0 = Eq. 4 word for word (default: 1)")
     add("--outer-loss", choices=("kl", "mse", "ce", "wasserstein", "bernoulli"), default="kl",
-        help="distance of Eq. 3 (default: kl); bernoulli: pi as N sigmoids")
+        help="distance of Eq. 3 (default: kl); bernoulli: pi as N sigmoids. Their gradients differ "
+        "in length: only --ssl-weight 0 compares them alone")
     add("--temperature", type=number(float, 1e-3), help="tau of pi")
     add("--ema-decay", type=number(float, 0, 1),
         help="of BYOL's target per mini-batch at the start, rising to 1; 0 = no average")

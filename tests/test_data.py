@@ -923,10 +923,13 @@ def test_backbone_is_that_of_torchvision_with_the_stem_of_its_image_size(arch, s
         reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     if size <= 32:
         reference.maxpool = nn.Identity()
-    last_norms = [m.bn3 for m in net.modules() if hasattr(m, "bn3")]
-    assert len(last_norms) == (16 if arch == "resnet50" else 0)
+    last_norms = []
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):       # a ResNet-50's blocks start as identities
+        if hasattr(m, "downsample"):
+            last_norms.append(m.bn3 if arch == "resnet50" else m.bn2)
+    assert len(last_norms) == (16 if arch == "resnet50" else 8)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):       # blocks start as identities
             assert bool(m.weight.any()) == (m not in last_norms)
     for m in last_norms:
         nn.init.ones_(m.weight)
