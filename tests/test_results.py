@@ -36,6 +36,7 @@ PASSES = {
     "gessl_lambda_1": 28 / 3, "gessl_lambda_5": 52 / 3, "gessl_lambda_10": 82 / 3,
     "mae": 1, "mae_2masks": 2, "mae_equal_passes": 1, "mae_tc2": 11 / 3,
     "mae_tc2_inner_lr_0.1": 11 / 3, "mae_tc2_inner_lr_1": 11 / 3, "mae_tc2_no_calibration": 8 / 3,
+    "mae_tc2_inner0": 8 / 3,
 }
 SECOND_ORDER = ("gessl_exact", "gessl_neumann", "gessl_cg")
 
