@@ -854,8 +854,8 @@ def make_backbone(arch, image_size):
     resnet18 and resnet50 are torchvision's: weights load there with fc = Identity. Images up to 96
     px get a 3x3 stem of stride 1, those up to 32 px no max-pool. resnet_tiny is for laptops.
 
-    Their blocks start as identities, as is usual [Goyal et al. 2017, Section 5.1]: else the inner
-    steps of a fresh network overshoot (results/tc2.md, row 8)."""
+    A ResNet's blocks start as identities, as is usual [Goyal et al. 2017, Section 5.1]: else the
+    inner steps of a fresh network overshoot (results/tc2.md, row 8)."""
     if arch == "resnet_tiny":
         stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         blocks = [basic_block(16, 16), basic_block(16, 32), basic_block(32, 64)]

@@ -414,6 +414,7 @@ class WeightNet(nn.Module):
     its loss reaches f_v. The MLP starts at zero: calibration starts as the projection on V."""
     def __init__(self, dim, n_factors, skip=True, hidden=128):
         super().__init__()
+        # With fewer hidden units than factors W would lack full rank.
         self.mlp = mlp(dim, max(hidden, n_factors), n_factors)
         self.skip = skip
         if skip:

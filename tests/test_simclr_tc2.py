@@ -292,7 +292,7 @@ def test_the_gradient_through_the_qr_is_that_of_float64_at_large_sizes(n_f):
         loss = (net(S.to(dtype)) * target.to(dtype)).sum()
         grads = torch.autograd.grad(loss, list(net.parameters()))
         found.append(torch.cat([g.flatten().double() for g in grads]))
-    assert torch.linalg.vector_norm(found[0] - found[1]) < 0.01 * found[1].norm()
+    assert torch.linalg.vector_norm(found[0] - found[1]) < 0.05 * found[1].norm()
 
 
 @pytest.mark.parametrize("seed", range(4))
