@@ -107,6 +107,8 @@ declare -A rows=(
   [mae_tc2_no_calibration]="$mae_tc2 --without calibration"
   [mae_tc2_inner_lr_0.1]="$mae_tc2 --inner-lr 0.1"
   [mae_tc2_inner_lr_1]="$mae_tc2 --inner-lr 1"
+  [mae_tc2_lambda_s_0.001]="$mae_tc2 --lambda-s 0.001"
+  [mae_tc2_all_factors]="$mae_tc2 --lambda-s 0.001 --factors 64"
 
   # Five classes.
   [seen_simclr_4views]="$four $(epochs 4) --data $out/seen"

@@ -87,6 +87,13 @@ LENGTH_ROWS = {
         "simclr_2views_equal_gessl"],
     "Unseen classes": [
         "seen_simclr_4views", "seen_simclr_4views_equal_passes", "seen_simclr_t", "seen_tc2"],
+    "Settings": [
+        "tc2_inner0", "tc2_all_factors", "tc2_lambda_s_0.01", "tc2_lambda_s_1", "tc2_2tasks",
+        "tc2_8tasks", "tc2_nce", "byol_equal_passes", "gessl_lambda_1", "gessl_lambda_5",
+        "gessl_lambda_10", "gessl_alpha_0.005", "gessl_first_order", "gessl_exact",
+        "gessl_neumann", "gessl_cg", "plain_strong", "prox", "prox_strong",
+        "mae_tc2_no_calibration", "mae_tc2_inner_lr_0.1", "mae_tc2_inner_lr_1",
+        "mae_tc2_lambda_s_0.001", "mae_tc2_all_factors"],
 }
 LENGTH_PAIRS = [
     ("tc2", "simclr_2views"), ("tc2", "simclr_4views"), ("tc2", "simclr_4views_equal_passes"),
@@ -106,6 +113,13 @@ LENGTH_PAIRS = [
     ("seen_tc2", "seen_simclr_4views"), ("seen_tc2", "seen_simclr_4views_equal_passes"),
     ("seen_tc2", "seen_simclr_t"),
 ]
+
+# The settings' own differences, in a table of their own: many lines, no claims.
+SETTING_PAIRS = [("gessl", "byol_equal_passes"), ("plain_strong", "barlow"), ("prox", "barlow"),
+                 ("prox_strong", "barlow")]
+for method in ("tc2", "gessl", "mae_tc2"):
+    variants = [name for name in LENGTH_ROWS["Settings"] if name.startswith(f"{method}_")]
+    SETTING_PAIRS += [(name, method) for name in variants]
 
 # The papers' gains: method, base at equal images, at equal passes, source, linear, 5-NN. BYOL has
 # two bases at equal images: batches of a task's size, and of a step's, which has as many steps.
@@ -557,8 +571,9 @@ def length_table(title):
             runs = list(seeds(name, at_length(length)).values())
             if not runs:
                 continue
+            cost = passes(runs[0])
             cells = [f"`{name}`", str(length), str(len(runs)), f"{images(runs[0]):.0f}",
-                     f"{passes(runs[0]):.0f}"]
+                     "" if math.isnan(cost) else f"{cost:.0f}"]
             cells += [spread(column) for column in columns(map(both_probes, runs))]
             cells.append(f"{statistics.mean(run.last['rank_h'] for run in runs):.0f}")
             rows.append(cells)
@@ -598,10 +613,10 @@ def holm(p_values):
     return corrected
 
 
-def length_differences():
-    """[(a, b, length, columns of paired differences)] of all pairs with two common seeds."""
+def length_differences(pairs=LENGTH_PAIRS):
+    """[(a, b, length, columns of paired differences)] of the pairs with two common seeds."""
     found = []
-    for a, b in LENGTH_PAIRS:
+    for a, b in pairs:
         for length in LENGTHS:
             rows = differences(a, b, both_probes, at_length(length))
             if rows and len(rows[0]) > 1:
@@ -609,9 +624,9 @@ def length_differences():
     return found
 
 
-def length_difference_table():
+def length_difference_table(pairs=LENGTH_PAIRS):
     """Paired differences; the p-values, of `linear`, are corrected for the lines of this table."""
-    found = length_differences()
+    found = length_differences(pairs)
     p_values = holm([student_p(rows[0]) for *_, rows in found])
     lines = []
     for (a, b, length, rows), p in zip(found, p_values):
@@ -803,6 +818,7 @@ def all_tables():
     tables = [("The claims, second round", length_claim_table()),
               ("Change with length", length_change_table()),
               ("Differences over lengths", length_difference_table()),
+              ("Differences of settings", length_difference_table(SETTING_PAIRS)),
               ("Differences of a single seed", single_difference_table())]
     for title in LENGTH_ROWS:
         lines = length_table(title)

@@ -179,6 +179,11 @@ PASSES |= {
 }
 
 
+def length_passes_per_image(row):
+    """Of the second edition: MAE's TC2 trains f_v and f_w without calibration too, for the log."""
+    return 11 / 3 if row == "mae_tc2_no_calibration" else passes_per_image(row)
+
+
 def length_folders(row, length):
     """{seed: folder}"""
     folders = glob.glob(f"{LOGS}/cifar10_lengths/length{length}/seed*/{row}")
@@ -213,21 +218,25 @@ def test_tables_over_lengths_hold_the_means_and_spreads_of_the_logs():
             assert len(steps) == 1
             thousands = steps.pop() * logs[0][0]["settings"]["images_per_step"] / 1e3
             assert int(images) == round(thousands)
-            assert int(passes) == round(thousands * passes_per_image(row))
+            if row in SECOND_ORDER:                     # second derivatives are no passes
+                assert passes == ""
+            else:
+                assert int(passes) == round(thousands * length_passes_per_image(row))
             for cell, column in zip(cells, length_accuracies(row, length, folders).T):
                 check_spread(cell, column)
             check_logged(cells[4], logs, "rank_h", 0.501)
             seen |= {(length, row)}
     there = glob.glob(f"{LOGS}/cifar10_lengths/length*/seed*/*")
-    there = {tuple(re.search(r"length(\d+)/seed\d+/(\w+)", folder).groups()) for folder in there}
+    there = {tuple(re.search(r"length(\d+)/seed\d+/(.+)", folder).groups()) for folder in there}
     assert seen == there and len(seen) > 15
 
 
-def test_differences_over_lengths_hold_paired_means_and_corrected_p_values():
-    lines = page_tables()["Differences over lengths"]
+@pytest.mark.parametrize("title", ["Differences over lengths", "Differences of settings"])
+def test_differences_over_lengths_hold_paired_means_and_corrected_p_values(title):
+    lines = page_tables()[title]
     p_values = []
     for name, length, n, *cells, _ in lines:
-        found = length_paired(*re.findall(r"`(\w+)`", name), length)
+        found = length_paired(*re.findall(r"`(\S+)`", name), length)
         assert len(found) == int(n) > 1
         for cell, column in zip(cells, found.T):
             check_interval(cell, column)
