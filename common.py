@@ -46,7 +46,6 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-EDITION = 2             # of last.pt: a checkpoint of another edition is refused
 SMALL = 96              # images up to this side live on the device and get the 3x3 stem
 BAD_FRACTION = 0.01     # a run goes on without this share of undecodable images
 
@@ -271,11 +270,14 @@ def draw_shapes(n, seed):
     depth = torch.stack([depth[name] for name in SHAPES])[label, torch.arange(n)]
     mask = (depth * 14 * half + 0.5).clamp(0, 1)[:, None]
 
+    # The figure is lighter than the ground, or darker, by half of the range; both have a tint.
     tint = 0.15 * torch.rand(2, n, 3, 1, 1, generator=g) - 0.075
     ink = torch.where(dark < 0.5, 0.25, -0.25)[:, None]
+    figure = ink + tint[0]
+    ground = ink + tint[1]
     shade = 0.3 * ((light_x - 0.5) * x + (light_y - 0.5) * y)[:, None]
     noise = 0.06 * torch.randn(n, 3, 32, 32, generator=g)
-    image = 0.5 + mask * (ink + tint[0]) - (1 - mask) * (ink + tint[1]) + (shade + noise)
+    image = 0.5 + mask * figure - (1 - mask) * ground + (shade + noise)
     return (image.clamp(0, 1) * 255).byte(), label
 
 
@@ -314,41 +316,27 @@ def decode(path):
 def central_square(images, size, resize=None):
     """Shorter side to `resize` (default `size`), antialiased, then the central square of `size`."""
     h, w = images.shape[-2:]
-    if (h, w) == (size, size) and resize in (None, size):
-        return images
     if max(h, w) > 3 * min(h, w):               # a strip would be resized to gigabytes
         images = TF.center_crop(images, [min(h, 3 * w), min(w, 3 * h)])
     images = TF.resize(images, [resize or size], antialias=True)
     return TF.center_crop(images, [size, size])
 
 
-class FileNames:
-    """File names as one tensor, which worker processes share: a list would be copied to each."""
-    def __init__(self, paths):
-        names = np.array([os.fsencode(path) for path in paths])
-        self.bytes = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))
-
-    def __len__(self):
-        return len(self.bytes)
-
-    def __getitem__(self, i):
-        return os.fsdecode(bytes(self.bytes[i].tolist()).rstrip(b"\0"))
-
-
 class Squares(torch.utils.data.Dataset):
-    """Item i: (central square of file i, uint8 (1, 3, S, S), or None; i; {path: why not})."""
+    """Item i: (central square of file i, uint8 (3, S, S), or None; i; {path: why not})."""
     def __init__(self, paths, size, resize=None):
-        self.paths = FileNames(paths)
+        # An array, whose memory forked workers share: the names in a list would be copied to each.
+        self.paths = np.array([os.fsencode(path) for path in paths])
         self.size = size
         self.resize = resize
 
     def __getitem__(self, i):
-        path = self.paths[i]
+        path = os.fsdecode(self.paths[i])
         try:
             image = decode(path)
         except OSError as error:
             return None, i, {path: str(error)}
-        return central_square(image, self.size, self.resize)[None], i, {}
+        return central_square(image, self.size, self.resize), i, {}
 
 
 class Crops(torch.utils.data.Dataset):
@@ -356,7 +344,7 @@ class Crops(torch.utils.data.Dataset):
 
     The next file that can be decoded stands in for one that cannot."""
     def __init__(self, paths, size, views, augmentation, seed):
-        self.paths = FileNames(paths)
+        self.paths = np.array([os.fsencode(path) for path in paths])
         self.size = size
         self.views = views
         self.augmentation = augmentation
@@ -367,10 +355,11 @@ class Crops(torch.utils.data.Dataset):
         bad = {}
         for i in range(first, first + len(self.paths)):
             i = i % len(self.paths)
+            path = os.fsdecode(self.paths[i])
             try:
-                image = decode(self.paths[i])
+                image = decode(path)
             except OSError as error:
-                bad[self.paths[i]] = str(error)
+                bad[path] = str(error)
                 continue
             u = torch.rand(self.views, BOX_DRAWS, generator=rng(self.seed, epoch, first))
             boxes = random_boxes(u, *image.shape[1:], self.augmentation["crop"],
@@ -383,14 +372,14 @@ class Crops(torch.utils.data.Dataset):
 
 
 def join_items(items):
-    """Items of a data set -> (images (m, n, 3, S, S) or None, n indices, {path: why not})."""
+    """Items of a data set -> (images (n, ...) or None, n indices, {path: why not})."""
     images, index, bad = [], [], {}
     for image, i, complaints in items:
         bad.update(complaints)
         if image is not None:
             images.append(image)
             index.append(i)
-    return torch.stack(images, dim=1) if images else None, index, bad
+    return torch.stack(images) if images else None, index, bad
 
 
 def leave_signals_to_the_main_process(worker):
@@ -405,10 +394,11 @@ named_files = set()     # bad ones: this process names each once
 
 
 def read_files(name, files, batches, workers, device):
-    """Yield (images (m, n, 3, S, S) on `device`, n indices) of `files`, a Squares or Crops.
+    """Yield (images (n, ...) on `device`, their n indices) of `files`, a Squares or Crops.
 
     A file that cannot be decoded is named, with the reason; too many of `files` end the run."""
-    # Python 3.14 would start workers slowly, and a signal in the meantime would kill them.
+    # Python 3.14 no longer forks by default. Workers would start slowly, and a signal that comes
+    # before `leave_signals_to_the_main_process` has run would kill them.
     how = "fork" if workers and sys.platform == "linux" else None
     loader = torch.utils.data.DataLoader(
         files, batch_sampler=batches, num_workers=workers, collate_fn=join_items,
@@ -438,8 +428,7 @@ def square_batches(name, images, size, workers, device, resize=None):
         for index in chunks:
             yield central_square(images[index].to(device), size), index
     else:
-        for x, index in read_files(name, Squares(images, size, resize), chunks, workers, device):
-            yield x[0], index
+        yield from read_files(name, Squares(images, size, resize), chunks, workers, device)
 
 
 def list_images(folder):
@@ -577,9 +566,10 @@ def decode_all(name, paths, size, workers):
 
 def load_torchvision(name):
     """One of torchvision's data sets, downloaded to .data/ if need be, as `Data`."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank > 0 and world_size() > 1:
-        dist.barrier()                              # the first process of a machine downloads
+    several = world_size() > 1
+    downloads = int(os.environ.get("LOCAL_RANK", 0)) == 0       # the first process of a machine
+    if several and not downloads:
+        dist.barrier()                              # until the files are there
     kind = getattr(torchvision.datasets, name.upper())
     splits = ("train+unlabeled", "test") if name == "stl10" else (True, False)
     try:
@@ -588,8 +578,8 @@ def load_torchvision(name):
     except (OSError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         fail(f"--data {name}: not found under .data/, and the download failed ({reason})")
-    if local_rank == 0 and world_size() > 1:
-        dist.barrier()
+    if several and downloads:
+        dist.barrier()                              # they are: the others go on
 
     def tensors(dataset):
         images = torch.as_tensor(dataset.data)
@@ -647,20 +637,19 @@ def training_batches(data, augmentations, args, rank, world, device, start, stop
 
     def batches():
         """For each step the keys (epoch, i) of this process's images, see `Crops`."""
-        order = None
         for step in range(start, stop):
             epoch, batch = divmod(step, per_epoch)
-            if batch == 0 or order is None:
+            if batch == 0 or step == start:
                 order = torch.randperm(len(data.train), generator=rng(args.seed, epoch))
-            index = order[batch * batch_size:(batch + 1) * batch_size]
-            yield [(epoch, i) for i in index[share].tolist()]
+            of_all = order[batch * batch_size:(batch + 1) * batch_size]
+            yield [(epoch, i) for i in of_all[share].tolist()]
 
     def from_memory():
         train = data.train.to(device)
         for keys in batches():
             index = [i for _, i in keys]
             images = train[to_device(torch.tensor(index), device)]
-            yield [images] * len(augmentations), index      # every view is of the same images
+            yield images[:, None].expand(-1, len(augmentations), -1, -1, -1), index
 
     if torch.is_tensor(data.train):
         loader = from_memory()
@@ -673,11 +662,12 @@ def training_batches(data, augmentations, args, rank, world, device, start, stop
     for step, (images, index) in enumerate(loader, start):
         views = []
         for v, augmentation in enumerate(augmentations):
-            # The draws are made for the joined batch of all processes, each takes its share.
-            g = rng(args.seed, step, v, 0)          # four numbers: not a key of a crop, see `Crops`
+            # The draws are made for the joined batch of all processes, each takes its share. The
+            # key has a fourth number, so that it differs from every (seed, epoch, i) of `Crops`.
+            g = rng(args.seed, step, v, 0)
             colour_order = torch.randperm(4, generator=g).tolist()
             u = torch.rand(batch_size, AUGMENT_DRAWS, generator=g)[share]
-            view = augment(images[v], to_device(u, device), colour_order, augmentation, size)
+            view = augment(images[:, v], to_device(u, device), colour_order, augmentation, size)
             views.append(view)
         yield torch.stack(views), index
 
@@ -886,19 +876,12 @@ def batch_stats_only(module):
 
     Inner loops need that: their passes are not passes of the network that is trained."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    synced = [m for m in norms if isinstance(m, nn.SyncBatchNorm)]
-    tracking = [m for m in norms if m.track_running_stats and m not in synced]
-    # In bfloat16 torch's SyncBatchNorm fails without its buffers: copies stand in for them.
-    buffers = [(m, name, b) for m in synced for name, b in m.named_buffers()]
+    buffers = [(m, name, b) for m in norms for name, b in m.named_buffers()]
     try:
-        for m in tracking:
-            m.track_running_stats = False
         for m, name, b in buffers:
-            setattr(m, name, b.clone())
+            setattr(m, name, b.clone())         # the passes below move the copies
         yield
     finally:
-        for m in tracking:
-            m.track_running_stats = True
         for m, name, b in buffers:
             setattr(m, name, b)
 
@@ -1077,13 +1060,11 @@ def all_reduce_sum(x):
 
 
 def alike_on_all_processes(value):
-    """Whether repr(value) is the same everywhere."""
-    digest = torch.tensor(int(hashlib.sha256(repr(value).encode()).hexdigest()[:12], 16))
-    lowest, highest = digest.clone(), digest.clone()
+    """Whether `value` is the same everywhere."""
+    values = [value] * world_size()
     if world_size() > 1:
-        dist.all_reduce(lowest, dist.ReduceOp.MIN)
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return (lowest == highest).item()
+        dist.all_gather_object(values, value)
+    return all(other == value for other in values)
 
 
 def gather_batch(z, dim=0):
@@ -1144,7 +1125,7 @@ def save_run(args, step, nets, opts, stats, settings):
           "small_images": args.image_size <= SMALL, "mean": stats["mean"], "std": stats["std"],
           "state_dict": weights})
     save(f"{args.out}/last.pt",
-         {"edition": EDITION, "step": step, "settings": settings, "nets": nets.state_dict(),
+         {"step": step, "settings": settings, "nets": nets.state_dict(),
           "opts": {name: opt.state_dict() for name, opt in opts.items()}})
 
 
@@ -1193,9 +1174,6 @@ def open_run(args, argv, data, nets, opts, rank):
 def resume(out, settings, nets, opts):
     """Load last.pt, a run of the same settings, into nets and opts. Returns the steps done."""
     state = load_torch(f"{out}/last.pt", f"--out {out}", ("step", "settings", "nets", "opts"))
-    if state.get("edition") != EDITION:
-        fail(f"--out {out}: holds a run of an older edition of this project, which cannot go on; "
-             "choose another --out")
     differ = []
     for name, value in settings.items():
         before = state["settings"].get(name)
@@ -1357,18 +1335,19 @@ def graceful_stop():
     """Yields a function that says, alike on all processes, which signal has come; 0 for none.
 
     Ctrl-C and SIGTERM let the step finish. A second Ctrl-C ends the program at once."""
-    seen = []                                       # (signal, time)
+    first = []                                      # the first signal, and when it came
 
     def note(signum, frame):
-        # torchrun repeats the terminal's Ctrl-C at once: that is not a second one.
-        if seen and time.monotonic() - seen[0][1] > 1:
+        if not first:
+            first.extend([signum, time.monotonic()])
+            if int(os.environ.get("RANK", 0)) == 0:
+                os.write(2, b"\nfinishing what is under way, then saving; Ctrl-C again ends at "
+                         b"once\n")
+        elif time.monotonic() - first[1] > 1:       # torchrun repeats the terminal's Ctrl-C at once
             raise KeyboardInterrupt
-        if not seen and int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, b"\nfinishing what is under way, then saving; Ctrl-C again ends at once\n")
-        seen.append((signum, time.monotonic()))
 
     def stop_signal():
-        agreed = torch.tensor(seen[0][0] if seen else 0)
+        agreed = torch.tensor(first[0] if first else 0)
         if world_size() > 1:                        # on the host: gloo, no wait for the GPU
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
         return agreed.item()

@@ -39,7 +39,7 @@ from torch.func import functional_call
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from common import (EDITION, SMALL, Data, batch_stats_only, effective_rank, embedding_std, fail,
+from common import (SMALL, Data, batch_stats_only, effective_rank, embedding_std, fail,
                     load_torch, number, read_log, run, training_batches)
 from eval_linear import Job, check_args, draw_spectra, eigenvalues, evaluate, interval, job_parser
 from simclr_tc2 import AUGMENTATION, gradient_conflict, info_nce
@@ -68,9 +68,6 @@ def load_projector(job):
         print(f"  {path} is of {name}: the representation alone is measured")
         return None
     saved = load_torch(path, f"RUN {job.args.run}", ("nets",))
-    if saved.get("edition") != EDITION:
-        print(f"  {path} is of another edition: the representation alone is measured")
-        return None
     nets = importlib.import_module(name).build_nets(argparse.Namespace(**job.settings))
     nets.load_state_dict(saved["nets"])
     if "projector" not in nets:
