@@ -5,7 +5,6 @@ misnamed images, names that are no text. Whatever is wrong with one file, it is 
 whatever is wrong with a folder, the program ends in one sentence.
 """
 import math
-import multiprocessing.reduction
 import os
 import shutil
 import signal
@@ -824,14 +823,13 @@ def test_crops_of_files_are_those_of_random_resized_crop():
 
 
 def test_worker_processes_share_one_array_of_names():
+    """An array without Python objects: a worker that counts references would copy their memory."""
     names = [f"d/train/class{i % 7}/{i}.jpg" for i in range(5000)] + ["d/\udcff\udcfe.jpg", "é"]
-    stored = common.FileNames(names)
-    assert len(stored) == 5002 and [stored[i] for i in range(5002)] == names
     for files in (common.Squares(names, 32), common.Crops(names, 32, 2, CROPPED, 0)):
+        assert [os.fsdecode(path) for path in files.paths] == names
+        assert not files.paths.dtype.hasobject
         held = [value for value in vars(files).values() if isinstance(value, (list, tuple))]
         assert not held
-        sent = multiprocessing.reduction.ForkingPickler.dumps(files)
-        assert len(sent) < 3000                         # the handle of the array, not its content
 
 
 PROGRAM = """
@@ -984,7 +982,7 @@ def test_batch_stats_only_uses_the_batch_leaves_buffers_alone_and_is_undone(brea
         with common.batch_stats_only(net):
             out = net(x)
             # In bfloat16 torch's SyncBatchNorm reads its buffers on a GPU.
-            assert net[1].track_running_stats == net[4].track_running_stats == sync
+            assert net[1].running_mean is not None and net[4].num_batches_tracked is not None
             if breaks:
                 raise KeyError
     except KeyError:

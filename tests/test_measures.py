@@ -483,17 +483,6 @@ def test_every_measure_on_a_run_of_every_script(name, train, monkeypatch):
             assert opened.read() == content
 
 
-def test_a_run_of_the_first_edition_is_measured_without_its_projector(train, capsys):
-    train()
-    state = torch.load("r/last.pt", weights_only=True)
-    del state["edition"]
-    torch.save(state, "r/last.pt")
-    measure("r", "--measure", "distance-ratio")
-    assert "r/last.pt is of another edition" in capsys.readouterr().out
-    assert "representation" in values("distance-ratio")
-    assert "embedding" not in values("distance-ratio")
-
-
 @pytest.mark.parametrize("kind", ["sigma", "conflict"])
 def test_too_few_images_for_two_tasks_end_in_one_sentence(kind, train, capsys):
     train()
