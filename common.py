@@ -353,7 +353,9 @@ class Crops(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, first = key
         bad = {}
-        for i in range(first, first + len(self.paths)):
+        # A few more than may be bad: if the storage has gone, no file at all can be decoded.
+        tries = min(len(self.paths), 100 + math.ceil(BAD_FRACTION * len(self.paths)))
+        for i in range(first, first + tries):
             i = i % len(self.paths)
             path = os.fsdecode(self.paths[i])
             try:
@@ -557,11 +559,12 @@ def pick(images, rows):
 
 def decode_all(name, paths, size, workers):
     """(uint8 (n, 3, S, S), their n indices) of the files that can be decoded."""
-    batches = square_batches(name, paths, size, workers, torch.device("cpu"))
-    # Copies: what the workers hand over would keep its shared memory.
-    chunks = [(images.clone(), index) for images, index in batches]
-    kept = [i for _, index in chunks for i in index]
-    return torch.cat([images for images, _ in chunks]), kept
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    kept = []
+    for batch, index in square_batches(name, paths, size, workers, images.device):
+        images[len(kept):len(kept) + len(index)] = batch
+        kept += index
+    return images[:len(kept)], kept
 
 
 def load_torchvision(name):
@@ -659,17 +662,21 @@ def training_batches(data, augmentations, args, rank, world, device, start, stop
         loader = read_files(data.name, files, batches(), args.workers, device)
         size = None                             # they were cropped when they were read
 
-    for step, (images, index) in enumerate(loader, start):
+    def views_of(images, step):
+        # The draws are made for the joined batch of all processes, each takes its share. The key
+        # has a fourth number, so that it differs from every (seed, epoch, i) of `Crops`.
         views = []
         for v, augmentation in enumerate(augmentations):
-            # The draws are made for the joined batch of all processes, each takes its share. The
-            # key has a fourth number, so that it differs from every (seed, epoch, i) of `Crops`.
             g = rng(args.seed, step, v, 0)
             colour_order = torch.randperm(4, generator=g).tolist()
             u = torch.rand(batch_size, AUGMENT_DRAWS, generator=g)[share]
             view = augment(images[:, v], to_device(u, device), colour_order, augmentation, size)
             views.append(view)
-        yield torch.stack(views), index
+        return torch.stack(views)
+
+    # Nothing here holds the views while the step runs, or each would be in memory twice.
+    for step, (images, index) in enumerate(loader, start):
+        yield views_of(images, step), index
 
 
 # ---- augmentation: batched, one draw per sample --------------------------------------------------
@@ -1226,7 +1233,7 @@ class Log:
         self.pending = {}                       # {step: their values}, since the last `write`
         self.knn = ""
         self.clock = time.perf_counter()        # at the last line
-        self.drawn = self.clock                 # when curves.png was drawn last
+        self.draw_at = self.clock + 60          # when curves.png is drawn next
 
     def add(self, step, terms):
         """The terms of a step, {name: tensor}: this does not wait for the GPU, `write` does."""
@@ -1282,13 +1289,17 @@ class Log:
             self.show(f"step {step}  warning: {warning}")
 
     def append(self, **row):
-        """A line of log.jsonl and, once a minute, curves.png: a killed run leaves a picture too."""
+        """A line of log.jsonl and, once a minute, curves.png: a killed run leaves a picture too.
+
+        A long log takes seconds to draw: that is kept to a hundredth of the time."""
         if self.rank == 0:
             with open(f"{self.out}/log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            if time.perf_counter() > self.drawn + 60:
+            start = time.perf_counter()
+            if start > self.draw_at:
                 plot_curves(self.out)
-                self.drawn = time.perf_counter()
+                end = time.perf_counter()
+                self.draw_at = end + max(60, 100 * (end - start))
         self.clock = time.perf_counter()                    # an evaluation is not training time
 
     def show(self, line, live=False):
@@ -1343,7 +1354,9 @@ def graceful_stop():
             if int(os.environ.get("RANK", 0)) == 0:
                 os.write(2, b"\nfinishing what is under way, then saving; Ctrl-C again ends at "
                          b"once\n")
-        elif time.monotonic() - first[1] > 1:       # torchrun repeats the terminal's Ctrl-C at once
+        # torchrun repeats the terminal's Ctrl-C at once: that is no second one. A scheduler repeats
+        # its SIGTERM some time before it kills: what is under way may still be saved.
+        elif signum == signal.SIGINT and time.monotonic() - first[1] > 1:
             raise KeyboardInterrupt
 
     def stop_signal():
@@ -1384,7 +1397,7 @@ def run(main, advice="lower --batch-size, --image-size, or the number of views, 
             raise
         fail(f"cannot write ({error}); what was written before is untouched")
     except RuntimeError as error:
-        if world_size() > 1 and "closed by peer" in str(error):
+        if world_size() > 1 and re.search("(closed|reset) by peer", str(error)):
             fail("another process has ended; if it could give a reason, it stands in its output")
         if not re.search("out of memory|ALLOC_FAILED|can't allocate memory", str(error)):
             raise
@@ -1414,7 +1427,7 @@ def plot_curves(out):
         axis = figure.add_subplot(height, 3, i)
         colours = {}                            # raw pixels come last, in the colour of their curve
         for name, points in sorted(panels[title].items()):
-            steps, values = zip(*points)
+            steps, values = zip(*points[::math.ceil(len(points) / 2000)])       # 2,000 suffice
             if name.startswith("raw_pixels"):
                 colour = colours.get(name.removeprefix("raw_pixels_"), "gray")
                 axis.axhline(values[0], color=colour, linestyle="--", label=name)

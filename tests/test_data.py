@@ -796,6 +796,32 @@ def test_the_successor_of_a_bad_file_stands_in():
     assert crops is None and sorted(bad) == names
 
 
+def test_the_search_for_a_file_that_can_be_decoded_ends_before_the_last_of_many(monkeypatch):
+    """Where the storage has gone: each worker would else try a million files for each image."""
+    tried = []
+
+    def decode(path):
+        tried.append(path)
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(common, "decode", decode)
+    names = [f"{i}.png" for i in range(5000)]
+    crops, _, bad = common.Crops(names, 32, 2, CROPPED, 0)[0, 4990]
+    allowed = common.BAD_FRACTION * len(names)
+    assert crops is None and allowed < len(bad) == len(tried) < 200
+    assert tried[0] == "4990.png" and tried[10] == "0.png"
+
+
+def test_views_of_a_step_are_held_once():
+    """The generator that made them waits while the step runs."""
+    args = Namespace(images_per_step=4, image_size=20, seed=0, workers=0)
+    images = noise(40, 40)[None].expand(8, -1, -1, -1)
+    steps = common.training_batches(as_data(images), [CROPPED] * 2, args, 0, 1, CPU, 0, 2)
+    views, _ = next(steps)
+    held = [value for value in steps.gi_frame.f_locals.values() if torch.is_tensor(value)]
+    assert views.is_floating_point() and not any(x.is_floating_point() for x in held)
+
+
 def test_a_bad_file_is_named_once_in_all_epochs(capsys):
     flat_folder("d", 4, height=120, width=120)
     write("d/001.png", b"no")

@@ -560,6 +560,17 @@ def test_a_second_ctrl_c_ends_a_step_that_hangs():
     assert found == [0, signal.SIGINT]
 
 
+def test_a_scheduler_s_second_sigterm_lets_the_step_finish():
+    with common.graceful_stop() as stop_signal:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_signal() == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):              # a person may still end it
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+
 def speak_ascii():
     sys.stdout = open(1, "w", encoding="ascii")
     sys.stderr = open(2, "w", encoding="ascii")
@@ -633,7 +644,9 @@ def test_memory_or_disk_that_runs_out_ends_in_a_sentence_and_a_mistake_does_not(
     with pytest.raises(RuntimeError, match="closed by peer"):
         call(closed)                                # one process has no peer
     monkeypatch.setattr(common, "world_size", always(2))
-    assert "another process has ended" in refused(capsys, call, closed)
+    killed = RuntimeError("[gloo/transport] Read error [127.0.0.1]:42: Connection reset by peer")
+    for error in (closed, killed):
+        assert "another process has ended" in refused(capsys, call, error)
     full = OSError(errno.ENOSPC, "No space left on device", "r/log.jsonl")
     assert "r/log.jsonl" in refused(capsys, call, full)
     for mistake in (RuntimeError("a mistake"), FileNotFoundError(errno.ENOENT, "a mistake")):
@@ -942,6 +955,34 @@ def test_the_picture_of_curves_shows_values_over_steps(monkeypatch):
     # The pixels' accuracy has the colour of the curve that has to beat it.
     colour = {line.get_label(): line.get_color() for line in accuracies.lines}
     assert colour["raw_pixels_knn9"] == colour["knn9"] != colour["knn5"]
+
+    # Of a long log two thousand points are drawn.
+    lines = [{"settings": {}}, *({"step": step, "loss_a": step} for step in range(50_000))]
+    common.save("r/log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    common.plot_curves("r")
+    line, = kept[1].axes[0].lines
+    assert list(line.get_xdata()) == list(line.get_ydata()) == list(range(0, 50_000, 25))
+
+
+def test_curves_are_drawn_once_a_minute_and_for_a_hundredth_of_the_time(monkeypatch):
+    """Two minutes of a clock that moves by a second per line; a picture takes 0, then 10 s."""
+    now, drawn = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    args = types.SimpleNamespace(out="r", device="cpu", images_per_step=8)
+    os.makedirs("r")
+    for seconds, expected in ((0, 39), (10, 3)):
+        def draw(out):
+            drawn.append(now[0])
+            now[0] += seconds
+
+        monkeypatch.setattr(common, "plot_curves", draw)
+        log = common.Log(args, 0, 9, {})
+        start = now[0]
+        drawn.clear()
+        while now[0] < start + 2400:
+            now[0] += 1
+            log.append(step=1)
+        assert drawn[0] == start + 61 and len(drawn) == expected
 
 
 def test_processes_agree_on_the_images_and_settings_but_not_on_where_they_lie(monkeypatch, capsys):
