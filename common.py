@@ -946,7 +946,8 @@ def vote(near, labels, metric, temperature=0.07):
     """Predicted classes (N,) from similarities (N, k) and the neighbours' labels (N, k).
 
     euclidean: majority, for the papers' 5-NN; cosine: weights exp(cos / temperature), the field's.
-    A tie goes to the lower class."""
+    A tie goes to the lower class: of 500 classes a quarter of the 5-NN votes may tie, which costs
+    up to three points against the nearest one's class."""
     weight = torch.ones_like(near)
     if metric == "cosine":
         weight = ((near - 1) / temperature).exp()

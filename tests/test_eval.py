@@ -155,16 +155,17 @@ def test_the_figures_are_scikit_learns(n):
     assert abs(accuracy - SCIKIT_LEARN[n]) < 0.1
 
 
-def test_logistic_regression_is_at_its_minimum_whatever_the_chunks(monkeypatch):
-    """The gradient of sum CE + ||W||^2 / 2 is (pi - Y)^T x + W, and sum (pi - Y) for the bias."""
+@pytest.mark.parametrize("penalty", [1, 30])
+def test_logistic_regression_is_at_its_minimum_whatever_the_chunks(penalty, monkeypatch):
+    """The gradient of sum CE + c ||W||^2 / 2 is (pi - Y)^T x + c W; sum (pi - Y) for the bias."""
     x = randn(90, 5) + 1
     y = (2 * x[:, 0] + randn(90, seed=1)).round().long() % 3
     for chunk in (7, 16384):
         monkeypatch.setattr(eval_linear, "CHUNK", chunk)
-        W, b = eval_linear.fit_logistic(x, y, 3)
+        W, b = eval_linear.fit_logistic(x, y, 3, penalty)
         error = (x @ W.T + b).softmax(1) - F.one_hot(y, 3)
         size = (F.one_hot(y, 3).double().T @ x).norm()
-        assert (error.T @ x + W).norm() < 1e-3 * size
+        assert (error.T @ x + penalty * W).norm() < 1e-3 * size
         assert error.sum(0).norm() < 1e-3 * size
 
 
@@ -187,6 +188,39 @@ def test_logistic_regression_goes_on_until_it_is_at_the_minimum():
     W, b = eval_linear.fit_logistic(x, y, 2)
     found = objective(torch.cat([W, b[:, None]], 1).flatten())
     assert 0 <= found / objective(flat) - 1 < 1e-5
+
+
+def wide_features(n, seed):
+    """Ten classes that 100 features in sum tell apart, each alone badly."""
+    centres = torch.randn(10, 100, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(n) % 10
+    return 0.25 * centres[y] + randn(n, 100, seed=seed, dtype=torch.float32), y
+
+
+def test_the_penalty_is_chosen_on_images_that_the_probe_has_not_seen(capsys):
+    """50 images of a class for 100 features: a weak penalty fits all of them, and loses."""
+    x, y = wide_features(500, 1)
+    test = wide_features(5000, 2)
+    weak = eval_linear.linear(fake_job((x, y), test))
+    assert "50 images of a class for 100 features" in capsys.readouterr().out
+    tuned = eval_linear.linear_tuned(fake_job((x, y), test))
+    assert not capsys.readouterr().out
+    assert weak["train_top1"] == 100 and tuned["penalty"] >= 100
+    assert tuned["top1"] > weak["top1"] + 4 and tuned["train_top1"] < 100
+
+    # Written out: the same tenth, every penalty.
+    held = torch.zeros(500, dtype=torch.bool)
+    held[eval_linear.balanced_subset(y, 0.1, 0)] = True
+    z = (x - x.mean(0)) / x.std(0, correction=0)
+    scores = {}
+    for penalty in eval_linear.PENALTIES:
+        W, b = eval_linear.fit_logistic(z[~held], y[~held], 10, penalty)
+        scores[penalty] = ((z[held] @ W.T + b).argmax(1) == y[held]).float().mean().item()
+    assert held.sum() == 50 and scores[tuned["penalty"]] == max(scores.values())
+
+    x, y = wide_features(20_000, 3)                 # enough images: nothing is said
+    eval_linear.linear(fake_job((x, y), test))
+    assert not capsys.readouterr().out
 
 
 def test_a_feature_that_does_not_vary_changes_nothing():
@@ -1116,6 +1150,45 @@ def test_a_protocol_that_fails_costs_none_of_those_before_it(monkeypatch, capsys
     monkeypatch.setitem(eval_linear.PROTOCOLS, "spectrum", failing)
     stops(capsys, "r", "--data", "d", "--protocol", "knn", "spectrum", "--k", "1")
     assert {row["protocol"] for row in results()} == {"knn"}
+
+
+def test_what_another_evaluation_has_written_meanwhile_is_kept(monkeypatch):
+    """Fine-tuning takes hours: k-NN is measured beside it, on another GPU."""
+    make_run()
+    data_folder()
+
+    def long_protocol(job):
+        evaluate("r", "--data", "d", "--protocol", "knn", "--k", "1")
+        return {"number": 1}
+
+    monkeypatch.setitem(eval_linear.PROTOCOLS, "spectrum", long_protocol)
+    evaluate("r", "--data", "d", "--protocol", "spectrum")
+    assert {row["protocol"] for row in results()} == {"knn", "spectrum"}
+
+
+def test_a_share_of_labels_is_kept_before_the_next_one_is_tuned(monkeypatch):
+    make_run()
+    data_folder()
+    tune = eval_linear.tune
+    kept = []
+
+    def fails_on_the_second(job, images, labels, fraction):
+        if fraction == 1:
+            kept.extend(results())
+            raise KeyError
+        return tune(job, images, labels, fraction)
+
+    monkeypatch.setattr(eval_linear, "tune", fails_on_the_second)
+    with pytest.raises(KeyError):
+        evaluate("r", "--data", "d", "--protocol", "finetune", "--label-fraction", "0.5", "1",
+                 "--tune-epochs", "1")
+    assert {row["metric"].split("_")[0] for row in kept} == {"50%"} and kept == results()
+
+
+def test_several_processes_are_refused(monkeypatch, capsys):
+    make_run()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "start it without torchrun" in stops(capsys, "r", "--data", "d")
 
 
 def test_too_few_images_for_episodes_are_found_before_anything_is_measured(capsys):
