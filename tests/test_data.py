@@ -848,6 +848,29 @@ def test_crops_of_files_are_those_of_random_resized_crop():
         assert index == 0 and bad == {}
 
 
+def test_each_view_of_a_file_shows_its_own_crop():
+    flat_folder("d", 4, height=130, width=140)
+    names = [f"d/{i:03}.png" for i in range(4)]
+    files = common.Crops(names, 20, 3, CROPPED, seed=0)
+    (views, index), = batches(as_data(names), [CROPPED] * 3, 0, 1)
+    assert sorted(index) == [0, 1, 2, 3]
+    for j, i in enumerate(index):
+        crops, _, _ = files[0, i]
+        assert torch.equal((255 * views[:, j]).round(), crops.float())
+        assert not torch.equal(crops[0], crops[1])
+
+
+def test_small_images_stay_in_order_over_several_batches_of_files():
+    names = []
+    for i in range(600):                            # they are read in batches of 512
+        names.append(f"d/{i:03}.png")
+        save_image(names[-1], torch.full((3, 4, 4), i % 251, dtype=torch.uint8))
+    write("d/300.png", b"no image")
+    images, kept = common.decode_all("d", names, 4, 0)
+    assert kept == [i for i in range(600) if i != 300] and images.shape == (599, 3, 4, 4)
+    assert images[:, 0, 0, 0].tolist() == [i % 251 for i in kept]
+
+
 def test_worker_processes_share_one_array_of_names():
     """An array without Python objects: a worker that counts references would copy their memory."""
     names = [f"d/train/class{i % 7}/{i}.jpg" for i in range(5000)] + ["d/\udcff\udcfe.jpg", "é"]
