@@ -44,7 +44,8 @@ import common
 import simclr_tc2
 from barlow_sparsehead import barlow_loss, sparse_penalty, sparsity
 from byol_gessl import class_logits, ema_decay_at, flatten, gessl_task, set_gradient
-from common import Parser, batch_stats_only, effective_rank, embedding_std, fail, number, rng, run
+from common import (Parser, at_least_float32, batch_stats_only, effective_rank, embedding_std, fail,
+                    number, rng, run)
 from simclr_tc2 import (TC2_LR, FactorNet, WeightNet, add_gradient, batch_summary, calibrate,
                         calibration_health, gradient_conflict, info_nce, inner_step,
                         relative_change, take_step, update_factors)
@@ -78,8 +79,9 @@ class Online(nn.Module):
 
     What is calibrated is the projection z, set to norm sqrt(d) first; plain BYOL and Barlow Twins
     do not do that."""
-    def __init__(self, nets):
+    def __init__(self, nets, bf16):
         super().__init__()
+        self.bf16 = bf16
         self.encoder = encoder_of(nets)
         self.predictor = nn.Identity()
         if "predictor" in nets:
@@ -87,7 +89,9 @@ class Online(nn.Module):
 
     def predict(self, z_hat):
         """(v, n, d) -> (v, n, d); BatchNorm sees the views of a task together."""
-        return self.predictor(z_hat.flatten(0, 1)).unflatten(0, z_hat.shape[:2])
+        with torch.autocast(z_hat.device.type, torch.bfloat16, enabled=self.bf16):
+            p = self.predictor(z_hat.flatten(0, 1))
+        return at_least_float32(p).unflatten(0, z_hat.shape[:2])
 
     def forward(self, x, args, calibrated):
         """Images x (v, n, 3, H, W) -> (v, n, d)."""
@@ -101,7 +105,7 @@ def tc2_step(nets, opts, tasks, args, loss):
 
     loss(p, k, half): the base's, of the outputs p (2, n, d) for the views `half`, SUPPORT or QUERY,
     of task k. It is the support and the query loss. [TC2 Algorithm 1]"""
-    online = Online(nets)
+    online = Online(nets, args.bf16)
     theta = {name: p for name, p in online.named_parameters() if p.requires_grad}
 
     # Lines 2-3.
@@ -176,7 +180,7 @@ def add_factor_nets(nets, args):
 
 def tc2_diagnose(nets, views, args):
     """Ranks of z and z_hat, and what calibration does, on the last batch: terms to log."""
-    online = Online(nets)
+    online = Online(nets, args.bf16)
     with torch.no_grad(), batch_stats_only(online):
         Z = simclr_tc2.embed(online.encoder, views, args)
         V = nets["factor_net"](batch_summary(Z))
