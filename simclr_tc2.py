@@ -80,17 +80,18 @@ STRONG = {**WEAK, "crop": (0.08, 1.0), "jitter": (0.8, 0.8, 0.8, 0.2), "gray_p":
 AUGMENTATION = {"shapes": WEAK, "small": WEAK, "imagenet": STRONG}
 
 # The paper states no optimiser. small: the pre-training of Ermolov et al. 2021 on CIFAR, whom it
-# cites for the linear probe, with a cosine schedule. imagenet: ours. Only shapes has been run as it
-# stands.
+# cites for the linear probe, with a cosine schedule and without their weight decay of 1e-6. As part
+# of Adam's gradient that would weigh 11 to 70 times more in TC2 than in SimCLR: the query error has
+# a gradient as many times smaller. imagenet: ours. Only shapes has been run as it stands.
 RECIPES = {
     "shapes": {"arch": "resnet_tiny", "epochs": 5, "batch_size": 64, "lr": 3e-3,
                "weight_decay": 1e-6, "warmup_epochs": 1.0, "eval_every": 1,
                "temperature": 0.2, "dim": 64},
     "small": {"arch": "resnet18", "epochs": 1000, "batch_size": 512, "lr": 3e-3,
-              "weight_decay": 1e-6, "warmup_epochs": 5.0, "eval_every": 20,
+              "weight_decay": 0.0, "warmup_epochs": 5.0, "eval_every": 20,
               "temperature": 0.5, "dim": 64},
     "imagenet": {"arch": "resnet50", "epochs": 200, "batch_size": 512, "lr": 1e-3,
-                 "weight_decay": 1e-6, "warmup_epochs": 10.0, "eval_every": 10,
+                 "weight_decay": 0.0, "warmup_epochs": 10.0, "eval_every": 10,
                  "temperature": 0.2, "dim": 128},
 }
 

@@ -7,7 +7,7 @@ set -euo pipefail
 data=$1 out=$2
 shift 2
 common="--data $data --arch resnet_tiny --batch-size 128 --lr 2e-3 --warmup-epochs 0.2
-  --temperature 0.2 --eval-every 1 --log-every 30"
+  --temperature 0.2 --weight-decay 1e-6 --eval-every 1 --log-every 30"
 declare -A rows=(
   [simclr_2views]="--baseline --epochs 3"
   [simclr_4views]="--baseline --views 4 --epochs 3"

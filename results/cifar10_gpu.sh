@@ -9,11 +9,8 @@ data=$1 out=$2 seed=$3
 shift 3
 
 common="--data $data --seed $seed"
-# No weight decay in the rows of SimCLR: as a part of Adam's gradient it would weigh 11 to 70 times
-# more in TC2, whose Brier error has a gradient as many times smaller at this temperature.
-simclr="simclr_tc2.py $common --weight-decay 0"
+simclr="simclr_tc2.py $common"
 combine="results/combinations.py"
-sparsehead="$combine simclr sparsehead ${simclr#* }"          # the flags of SimCLR
 # Eight mini-batches of 32 images are a step of GeSSL, one of 256 is BYOL's; 0.968 = 0.996^8.
 step="--batch-size 256 --ema-decay 0.968"
 byol="byol_gessl.py $common --baseline $step"
@@ -44,7 +41,7 @@ simclr_2views_1024            $simclr --baseline --batch-size 1024 --epochs 100
 simclr_4views_1024            $simclr --baseline --views 4 --batch-size 1024 --epochs 100
 tc2_1024                      $simclr --batch-size 1024 --epochs 100
 byol_tc2                      $combine byol tc2 $common $step --epochs 100
-simclr_sparsehead             $sparsehead --lambda-sparse 0.06 --epochs 100
+simclr_sparsehead             $combine simclr sparsehead $common --lambda-sparse 0.06 --epochs 100
 "
 for row; do
   grep -q "^$row " <<< "$rows" || { echo "no row $row" >&2; exit 2; }

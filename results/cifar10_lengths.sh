@@ -18,7 +18,7 @@ common="--seed $seed --lr 2e-3 --eval-every 1000 --log-every $((39 * length))"
 tiny="--data $out/subset $common --arch resnet_tiny"
 
 # SimCLR and TC2: 128 images a step. Passes of a view per image: 2, 4, TC2 7.3.
-simclr="$tiny --batch-size 128 --warmup-epochs 0.5 --temperature 0.2"
+simclr="$tiny --batch-size 128 --warmup-epochs 0.5 --temperature 0.2 --weight-decay 1e-6"
 two="simclr_tc2.py $simclr --baseline"
 four="$two --views 4"
 tc2="simclr_tc2.py $simclr $(epochs 4)"
@@ -92,6 +92,7 @@ declare -A rows=(
   [tc2_2tasks]="$tc2 --tasks 2"
   [tc2_8tasks]="$tc2 --tasks 8"
   [tc2_nce]="$tc2 --query-loss nce"
+  [tc2_no_decay]="$tc2 --weight-decay 0"
   [byol_equal_passes]="byol_gessl.py $tiny $byol --baseline $(epochs 10)"
   [gessl_lambda_1]="$gessl --target-steps 1"
   [gessl_lambda_5]="$gessl --target-steps 5"

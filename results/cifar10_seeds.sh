@@ -13,7 +13,7 @@ source "$(dirname "$0")/cifar10_links.sh"
 
 common="--data $out/subset --seed $seed --lr 2e-3 --eval-every 100 --log-every 39"
 simclr="simclr_tc2.py $common --arch resnet_tiny --batch-size 128 --warmup-epochs 0.5
-  --temperature 0.2 --eval-every 1"
+  --temperature 0.2 --weight-decay 1e-6 --eval-every 1"
 four="$simclr --baseline --views 4"
 tc2="$simclr --factors 64 --epochs 4"
 byol="byol_gessl.py $common --arch resnet_tiny --batch-size 32 --warmup-epochs 0.3 --ema-decay 0.98"

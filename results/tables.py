@@ -89,7 +89,7 @@ LENGTH_ROWS = {
         "seen_simclr_4views", "seen_simclr_4views_equal_passes", "seen_simclr_t", "seen_tc2"],
     "Settings": [
         "tc2_inner0", "tc2_all_factors", "tc2_lambda_s_0.01", "tc2_lambda_s_1", "tc2_2tasks",
-        "tc2_8tasks", "tc2_nce", "byol_equal_passes", "gessl_lambda_1", "gessl_lambda_5",
+        "tc2_8tasks", "tc2_nce", "tc2_no_decay", "byol_equal_passes", "gessl_lambda_1", "gessl_lambda_5",
         "gessl_lambda_10", "gessl_alpha_0.005", "gessl_first_order", "gessl_exact",
         "gessl_neumann", "gessl_cg", "plain_strong", "prox", "prox_strong",
         "mae_tc2_no_calibration", "mae_tc2_inner_lr_0.1", "mae_tc2_inner_lr_1",
@@ -636,17 +636,6 @@ def length_difference_table(pairs=LENGTH_PAIRS):
     return table(["difference", "length", "seeds", *BOTH_HEAD, "p, Holm"], lines)
 
 
-def single_difference_table():
-    """Differences of the pairs that have one seed in common: without an interval."""
-    lines = []
-    for a, b in LENGTH_PAIRS:
-        for length in LENGTHS:
-            rows = differences(a, b, both_probes, at_length(length))
-            if rows and len(rows[0]) == 1:
-                lines.append([f"`{a}` - `{b}`", str(length), *map(interval, rows)])
-    return table(["difference", "length", *BOTH_HEAD], lines)
-
-
 def transfer_table():
     """Rows trained on five classes, on these and on five others, and their differences."""
     names = LENGTH_ROWS["Unseen classes"]
@@ -818,8 +807,7 @@ def all_tables():
     tables = [("The claims, second round", length_claim_table()),
               ("Change with length", length_change_table()),
               ("Differences over lengths", length_difference_table()),
-              ("Differences of settings", length_difference_table(SETTING_PAIRS)),
-              ("Differences of a single seed", single_difference_table())]
+              ("Differences of settings", length_difference_table(SETTING_PAIRS))]
     for title in LENGTH_ROWS:
         lines = length_table(title)
         if len(lines) > 2:                          # some rows have run

@@ -245,16 +245,6 @@ def test_differences_over_lengths_hold_paired_means_and_corrected_p_values(title
     check_holm([line[-1] for line in lines], p_values)
 
 
-def test_differences_of_a_single_seed_are_those_of_the_logs():
-    lines = page_tables()["Differences of a single seed"]
-    for name, length, *cells in lines:
-        (found,) = length_paired(*re.findall(r"`(\w+)`", name), length)
-        for cell, value in zip(cells, found):
-            assert abs(float(cell) - value) <= DIGIT
-    several = {(name, length) for name, length, *_ in page_tables()["Differences over lengths"]}
-    assert lines and not several & {(name, length) for name, length, *_ in lines}
-
-
 def test_the_table_of_transfer_holds_both_halves_of_the_classes():
     keys = [("runs/seen", "linear", "top1"), ("runs/unseen", "linear", "top1"),
             ("runs/unseen", "knn", "k5_euclidean"),
@@ -770,8 +760,6 @@ def test_the_rows_for_a_gpu_are_the_recipes_at_equal_images_and_at_equal_passes(
             allowed |= {"batch_size", "ema_decay"}
         if row == "byol_tc2":
             allowed |= {"inner_lr"}                     # of TC2, not of GeSSL
-        if row.startswith(("simclr", "tc2")):
-            allowed |= {"weight_decay"}
         if row.endswith("_1024"):
             allowed |= {"batch_size"}
         assert changed <= allowed, (row, changed)
