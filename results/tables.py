@@ -89,8 +89,9 @@ LENGTH_ROWS = {
         "seen_simclr_4views", "seen_simclr_4views_equal_passes", "seen_simclr_t", "seen_tc2"],
     "Settings": [
         "tc2_inner0", "tc2_all_factors", "tc2_lambda_s_0.01", "tc2_lambda_s_1", "tc2_2tasks",
-        "tc2_8tasks", "tc2_nce", "tc2_no_decay", "byol_equal_passes", "gessl_lambda_1", "gessl_lambda_5",
-        "gessl_lambda_10", "gessl_alpha_0.005", "gessl_first_order", "gessl_exact",
+        "tc2_8tasks", "tc2_nce", "tc2_no_decay",
+        "byol_equal_passes", "gessl_lambda_1", "gessl_lambda_5", "gessl_lambda_10",
+        "gessl_alpha_0.005", "gessl_first_order", "gessl_exact",
         "gessl_neumann", "gessl_cg", "plain_strong", "prox", "prox_strong",
         "mae_tc2_no_calibration", "mae_tc2_inner_lr_0.1", "mae_tc2_inner_lr_1",
         "mae_tc2_lambda_s_0.001", "mae_tc2_all_factors"],

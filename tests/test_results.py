@@ -181,7 +181,9 @@ PASSES |= {
 
 def length_passes_per_image(row):
     """Of the second edition: MAE's TC2 trains f_v and f_w without calibration too, for the log."""
-    return 11 / 3 if row == "mae_tc2_no_calibration" else passes_per_image(row)
+    if row.startswith("mae_tc2") and row != "mae_tc2_inner0":
+        return 11 / 3
+    return passes_per_image(row)
 
 
 def length_folders(row, length):
