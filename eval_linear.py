@@ -12,8 +12,8 @@
                [TC2 Table 5, GeSSL Tables 1, 7-9, SparseHead Table 1]
   linear_adam  with `linear`: Adam from 1e-2 to 1e-6, 500 epochs, the protocol that TC2 cites, which
                depends on the features' scale [Ermolov et al. 2021]
-  linear_tuned `linear` with the penalty that is best on a tenth of the training images: for classes
-               of few images per feature, such as 0.6 of a ResNet-50 on ImageNet, where the weak
+  linear_tuned `linear` with the penalty that is best on a tenth of the training images: for few
+               images of a class per feature (a ResNet-50 has 0.6 on ImageNet), where the weak
                penalty of `linear` overfits
   knn          nearest neighbours, Euclidean with majority (the papers: 5) and cosine with weights
                (the field: 200); neighbours.png

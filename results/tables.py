@@ -116,8 +116,10 @@ LENGTH_PAIRS = [
 ]
 
 # The settings' own differences, in a table of their own: many lines, no claims.
-SETTING_PAIRS = [("gessl", "byol_equal_passes"), ("plain_strong", "barlow"), ("prox", "barlow"),
-                 ("prox_strong", "barlow")]
+SETTING_PAIRS = [
+    ("tc2_no_decay", "simclr_2views"), ("tc2_no_decay", "simclr_4views"),
+    ("tc2_no_decay", "simclr_4views_equal_passes"), ("gessl", "byol_equal_passes"),
+    ("plain_strong", "barlow"), ("prox", "barlow"), ("prox_strong", "barlow")]
 for method in ("tc2", "gessl", "mae_tc2"):
     variants = [name for name in LENGTH_ROWS["Settings"] if name.startswith(f"{method}_")]
     SETTING_PAIRS += [(name, method) for name in variants]
