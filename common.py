@@ -1355,9 +1355,10 @@ def graceful_stop():
             if int(os.environ.get("RANK", 0)) == 0:
                 os.write(2, b"\nfinishing what is under way, then saving; Ctrl-C again ends at "
                          b"once\n")
+            return
         # torchrun repeats the terminal's Ctrl-C at once: that is no second one. A scheduler repeats
         # its SIGTERM some time before it kills: what is under way may still be saved.
-        elif signum == signal.SIGINT and time.monotonic() - first[1] > 1:
+        if signum == signal.SIGINT and time.monotonic() - first[1] > 1:
             raise KeyboardInterrupt
 
     def stop_signal():

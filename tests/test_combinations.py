@@ -279,6 +279,20 @@ def slow_loss(nets, before, x, z_target, calibrated, args):
     return squares.mean() / 2
 
 
+@pytest.mark.parametrize("bf16, inside", [(True, torch.bfloat16), (False, torch.float32)])
+def test_tc2_passes_the_predictor_in_the_precision_of_plain_byol(bf16, inside):
+    """Losses are float32 in both."""
+    nets = {"backbone": nn.Identity(), "projector": nn.Identity(), "predictor": nn.Linear(8, 8)}
+    seen = []
+
+    def note(module, inputs, output):
+        seen.append(output.dtype)
+
+    nets["predictor"].register_forward_hook(note)
+    p = combinations.Online(nets, bf16).predict(torch.ones(2, 3, 8))
+    assert seen == [inside] and p.dtype == torch.float32 and p.shape == (2, 3, 8)
+
+
 @pytest.mark.parametrize("inner_lr", [0.0, 0.05])
 @pytest.mark.parametrize("base", ["byol", "barlow"])
 def test_tc2_equals_slow_steps_on_copies_of_the_network(base, inner_lr):

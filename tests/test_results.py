@@ -785,6 +785,20 @@ def test_the_rows_for_a_gpu_are_the_recipes_at_equal_images_and_at_equal_passes(
                                                     "mae_tc2.py", "eval_linear.py"]
 
 
+@pytest.mark.parametrize("kill, status, others_run", [("ABRT", 1, True), ("TERM", 143, False)])
+def test_a_crash_ends_one_row_for_a_gpu_and_who_stops_one_stops_all(kill, status, others_run, echo):
+    with open("bin/python", "w") as file:
+        file.write('#!/bin/sh\necho "$@"\ncase "$*" in *tc2.py*) kill -$KILL $$ ;; esac\n')
+    path = f"{os.getcwd()}/bin:{os.environ['PATH']}"
+    script = f"{ROOT}/results/cifar10_gpu.sh"
+    command = ["bash", script, ".data/cifar10", "runs", "0", "tc2", "gessl"]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "PATH": path, "KILL": kill})
+    assert done.returncode == status
+    assert ("byol_gessl.py" in done.stdout) == others_run
+    assert ("tc2 has failed" in done.stderr) == others_run
+
+
 def test_the_seeds_of_a_row_differ_in_nothing_else():
     for row in rows_in("cifar10_seeds/seed0"):
         settings = {}
