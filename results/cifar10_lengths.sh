@@ -33,7 +33,7 @@ barlow="barlow_sparsehead.py $tiny --batch-size 128 --lr 3e-3 --hidden 256 --dim
 mae="mae_tc2.py --data $out/subset $common --arch vit_micro --batch-size 64 --warmup-epochs 0.5"
 mae_tc2="$mae --masks 2 --tasks 2 $(epochs 4)"
 
-# Readings that the first round did not try.
+# Other readings of TC2.
 many="simclr_tc2.py ${simclr/--batch-size 128/--batch-size 512}"
 reading() {     # NAME: TC2 with another step
   echo "results/readings.py $1 $simclr $(epochs 4)"
@@ -84,7 +84,7 @@ declare -A rows=(
   [simclr_gessl]="results/combinations.py simclr gessl ${simclr/--batch-size 128/--batch-size 64} --tasks 2 $(epochs 4)"
   [simclr_2views_equal_gessl]="$two $(epochs 26)"
 
-  # Settings and parts, as in the first round.
+  # Settings and parts.
   [tc2_inner0]="$tc2 --inner-lr 0"
   [tc2_all_factors]="$tc2 --factors 64"
   [tc2_lambda_s_0.01]="$tc2 --lambda-s 0.01"
