@@ -421,6 +421,8 @@ def test_the_table_of_fine_tuning_holds_what_the_evaluations_say():
         if len(rows) == 2:
             found = found - numbers(rows[1])
             check = check_interval
+            base, = glob.glob(f"{LOGS}/first_edition/seed0/{rows[1]}")
+            assert log_of(base)[0]["settings"]["baseline"]
         assert len(found) == int(n) == 3
         for cell, column in zip(cells, found.T, strict=True):
             check(cell, column)
