@@ -338,6 +338,18 @@ def test_changes_with_length_are_differences_of_paired_differences():
     check_holm([line[-1] for line in lines], p_values)
 
 
+def test_p_values_in_the_prose_stand_in_the_tables():
+    printed = {row[-1] for title in ("Change with length", "Differences", "Differences of settings")
+               for row in page_tables()[title]}
+    count = 0
+    for page in ("README", "notes", "tc2", "gessl", "sparsehead", "mae"):
+        for line in source(f"results/{page}.md").splitlines():
+            for p in [] if line.startswith("|") else re.findall(r"\bp (0\.\d+)", line):
+                count += 1
+                assert p in printed, f"{page}: p {p}"
+    assert count >= 3
+
+
 def smallest_visible(base, length, n):
     """See `test_visible_is_the_gain_that_a_paired_test_finds_four_times_in_five`."""
     residuals = []              # of each difference, about its own mean
